@@ -1,0 +1,209 @@
+//! Digests: the names of content, and the only reason to believe it.
+//!
+//! Grammar: OCI image specification, `descriptor.md`, section Digests. SHA-256 and SHA-512 are the registered
+//! algorithms that a verifier must or may know; any other is refused rather than ignored.
+
+use std::{fmt, str::FromStr};
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::Digest as _;
+
+/// The digest of some bytes, as in `sha256:e3b0...`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Digest {
+    /// SHA-256, which all manifests in the field use.
+    Sha256([u8; 32]),
+    /// SHA-512, which the specification registers too.
+    Sha512([u8; 64]),
+}
+
+/// The digest of a layer's *uncompressed* tar, as the image configuration lists it under `rootfs.diff_ids`.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct DiffId(pub Digest);
+
+/// A text that is not a digest, or is one of an algorithm that can't be verified here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("not a digest that can be verified: {text:?} (expected sha256:<64 hex digits> or sha512:<128 hex digits>)")]
+pub struct InvalidDigest {
+    /// The text, cut to a length that can be shown.
+    pub text: String,
+}
+
+impl Digest {
+    /// Returns the SHA-256 digest of `bytes`.
+    #[must_use]
+    pub fn sha256_of(bytes: &[u8]) -> Self {
+        Self::Sha256(sha2::Sha256::digest(bytes).into())
+    }
+
+    /// Returns the name of the algorithm, `sha256` or `sha512`.
+    #[must_use]
+    pub fn algorithm(&self) -> &'static str {
+        match self {
+            Self::Sha256(_) => "sha256",
+            Self::Sha512(_) => "sha512",
+        }
+    }
+
+    /// Returns the part behind the colon: lower-case hexadecimal.
+    #[must_use]
+    pub fn hex(&self) -> String {
+        self.bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Returns a hasher of this digest's algorithm, to check content against it.
+    #[must_use]
+    pub fn hasher(&self) -> Hasher {
+        match self {
+            Self::Sha256(_) => Hasher::Sha256(sha2::Sha256::new()),
+            Self::Sha512(_) => Hasher::Sha512(sha2::Sha512::new()),
+        }
+    }
+
+    /// Says whether `bytes` are what this digest names.
+    #[must_use]
+    pub fn matches(&self, bytes: &[u8]) -> bool {
+        let mut hasher = self.hasher();
+        hasher.update(bytes);
+        hasher.finish() == *self
+    }
+
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Sha256(bytes) => bytes,
+            Self::Sha512(bytes) => bytes,
+        }
+    }
+}
+
+/// Hashes content piece by piece.
+#[derive(Clone)]
+pub enum Hasher {
+    /// Ends in a [`Digest::Sha256`].
+    Sha256(sha2::Sha256),
+    /// Ends in a [`Digest::Sha512`].
+    Sha512(sha2::Sha512),
+}
+
+impl Hasher {
+    /// Returns a SHA-256 hasher, the algorithm of everything we write.
+    #[must_use]
+    pub fn sha256() -> Self {
+        Self::Sha256(sha2::Sha256::new())
+    }
+
+    /// Takes the next bytes of the content.
+    pub fn update(&mut self, bytes: &[u8]) {
+        match self {
+            Self::Sha256(hasher) => hasher.update(bytes),
+            Self::Sha512(hasher) => hasher.update(bytes),
+        }
+    }
+
+    /// Returns the digest of all bytes taken so far.
+    #[must_use]
+    pub fn finish(self) -> Digest {
+        match self {
+            Self::Sha256(hasher) => Digest::Sha256(hasher.finalize().into()),
+            Self::Sha512(hasher) => Digest::Sha512(hasher.finalize().into()),
+        }
+    }
+}
+
+impl fmt::Display for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:", self.algorithm())?;
+        self.bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for Digest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl fmt::Display for DiffId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl FromStr for Digest {
+    type Err = InvalidDigest;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let invalid = || InvalidDigest { text: text.chars().take(160).collect() };
+        let (algorithm, hex) = text.split_once(':').ok_or_else(invalid)?;
+        match algorithm {
+            "sha256" => Ok(Self::Sha256(decode_hex(hex).ok_or_else(invalid)?)),
+            "sha512" => Ok(Self::Sha512(decode_hex(hex).ok_or_else(invalid)?)),
+            _ => Err(invalid()),
+        }
+    }
+}
+
+fn decode_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
+    // The specification allows lower case only: two spellings of one digest would be two cache entries.
+    let nibble = |byte: u8| match byte {
+        b'0'..=b'9' => Some(byte - b'0'),
+        b'a'..=b'f' => Some(byte - b'a' + 10),
+        _ => None,
+    };
+    let hex = hex.as_bytes();
+    if hex.len() != 2 * N {
+        return None;
+    }
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
+        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    }
+    Some(bytes)
+}
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_canonical_texts_are_digests() {
+        let empty = "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+        assert_eq!(empty.parse::<Digest>().unwrap(), Digest::sha256_of(b""));
+        assert_eq!(Digest::sha256_of(b"").to_string(), empty);
+        for bad in [
+            "",
+            "sha256:",
+            "sha256",
+            "md5:d41d8cd98f00b204e9800998ecf8427e",
+            "sha256:E3B0C44298FC1C149AFBF4C8996FB92427AE41E4649B934CA495991B7852B855",
+            "sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b85",
+            "sha256:../../../../../../../../../../../../../../../../../../../../../aaa",
+            "sha512:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        ] {
+            assert!(bad.parse::<Digest>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sha512_round_trips() {
+        let mut hasher = Digest::Sha512([0; 64]).hasher();
+        hasher.update(b"abc");
+        let digest = hasher.finish();
+        assert_eq!(digest.to_string().parse::<Digest>().unwrap(), digest);
+        assert!(digest.matches(b"abc") && !digest.matches(b"abd"));
+    }
+}

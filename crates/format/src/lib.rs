@@ -1,0 +1,22 @@
+//! What the bytes of a layer mean.
+//!
+//! A *layer* is a tar archive, compressed in one way or another. This crate turns such bytes into one model, the
+//! [`index::LayerIndex`]: a tree of files, the [extents](index::Extent) of their content, and the
+//! [frames](index::Frame) of the blob that hold them. Nothing to the right of that model (fetching, mounting) knows
+//! which format a layer came in. It also writes: a stream of tar entries becomes an eStargz blob.
+//!
+//! - [`digest`], [`position`], [`limits`]: the words that all formats share.
+//! - [`tar`]: every dialect of tar, read and written.
+//! - [`compression`]: none, gzip, zstd; whole streams and single frames.
+//! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
+//! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
+//!
+//! What this crate must not know: networks, disks, mounts, clocks, the environment. Parsers take bytes and return
+//! values; all input is hostile, and every bound stands in [`limits::Limits`].
+#![forbid(unsafe_code)]
+
+pub mod digest;
+pub mod index;
+pub mod limits;
+pub mod position;
+pub mod tree;

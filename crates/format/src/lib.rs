@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod digest;
+pub mod estargz;
 pub mod index;
 pub mod limits;
 pub mod position;

@@ -20,4 +20,5 @@ pub mod estargz;
 pub mod index;
 pub mod limits;
 pub mod position;
+pub mod tar;
 pub mod tree;

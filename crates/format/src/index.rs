@@ -165,6 +165,8 @@ pub enum Prefetch {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct LayerIndex {
     nodes: Vec<Node>,
+    /// Directories that no entry describes, sorted.
+    implied: Vec<NodeId>,
     /// Sorted by `data`, without overlap.
     extents: Vec<Extent>,
     /// Sorted by `range.start`, without overlap.
@@ -192,6 +194,13 @@ impl LayerIndex {
         &self.nodes
     }
 
+    /// Says whether a node is a directory that the layer holds entries of but does not describe. Its attributes are made
+    /// up, and do not count where a lower layer has that directory.
+    #[must_use]
+    pub fn is_implied(&self, id: NodeId) -> bool {
+        self.implied.binary_search(&id).is_ok()
+    }
+
     /// Returns all extents in the order of the data file.
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
@@ -214,6 +223,10 @@ impl LayerIndex {
     #[must_use]
     pub fn prefetch(&self) -> Prefetch {
         self.prefetch
+    }
+
+    pub(crate) fn set_prefetch(&mut self, prefetch: Prefetch) {
+        self.prefetch = prefetch;
     }
 
     /// Returns the children of a directory, sorted by name; nothing for other nodes.

@@ -1,0 +1,133 @@
+//! Where content stands: extents in the data file, frames in the blob.
+
+use std::ops::Range;
+
+use super::{NewChunk, Problem};
+use crate::{
+    index::{Codec, Extent, Frame, FrameId, NodeId},
+    position::{BlobOffset, BlobRange, DATA_ALIGNMENT, DataOffset},
+};
+
+/// Deflate's densest code: 258 bytes in two bits.
+const DEFLATE_DENSITY: u64 = 1032;
+
+/// The largest size of a file on Linux.
+const LARGEST_DATA: u64 = i64::MAX as u64;
+
+/// A file that has content.
+struct File {
+    node: NodeId,
+    chunks: Range<usize>,
+}
+
+pub(super) struct Layout<'a> {
+    payload_end: u64,
+    chunks: &'a [NewChunk],
+    files: Vec<File>,
+}
+
+pub(super) struct Laid {
+    pub(super) extents: Vec<Extent>,
+    pub(super) frames: Vec<Frame>,
+    pub(super) by_frame: Vec<u32>,
+    pub(super) frame_extents: Vec<u32>,
+    pub(super) data_length: u64,
+    /// The place of each file that was added, in that order.
+    pub(super) places: Vec<(NodeId, DataOffset)>,
+}
+
+impl<'a> Layout<'a> {
+    /// `chunks` are all chunks of the layer, also those of files that are not added: they tell where frames start.
+    pub(super) fn new(payload_end: u64, chunks: &'a [NewChunk]) -> Self {
+        Self { payload_end, chunks, files: Vec::new() }
+    }
+
+    /// Adds a file of at least one chunk.
+    pub(super) fn add(&mut self, node: NodeId, chunks: Range<usize>) {
+        self.files.push(File { node, chunks });
+    }
+
+    pub(super) fn finish(mut self) -> Result<Laid, (NodeId, Problem)> {
+        let chunks = self.chunks;
+        self.files.sort_by_key(|file| place(&chunks[file.chunks.start]));
+        let (extents, places, data_length) = self.extents()?;
+        // Extents hold no place in the blob until their frame is known; `sources` says which chunk each is.
+        let sources: Vec<&NewChunk> = self.files.iter().flat_map(|file| &chunks[file.chunks.clone()]).collect();
+        self.frames(extents, &sources, places, data_length)
+    }
+
+    fn extents(&self) -> Result<(Vec<Extent>, Vec<(NodeId, DataOffset)>, u64), (NodeId, Problem)> {
+        let mut extents = Vec::with_capacity(self.files.iter().map(|file| file.chunks.len()).sum());
+        let mut places = Vec::with_capacity(self.files.len());
+        let mut end = 0_u64;
+        for file in &self.files {
+            let fail = || (file.node, Problem::DataTooLarge);
+            let start = end.checked_next_multiple_of(DATA_ALIGNMENT).ok_or_else(fail)?;
+            places.push((file.node, DataOffset(start)));
+            end = start;
+            for new in &self.chunks[file.chunks.clone()] {
+                extents.push(Extent {
+                    node: file.node,
+                    file_offset: new.file_offset,
+                    data: DataOffset(end),
+                    length: new.length,
+                    frame: FrameId(0),
+                    frame_offset: new.frame_offset,
+                    digest: new.digest,
+                });
+                end = end.checked_add(new.length).filter(|end| *end <= LARGEST_DATA).ok_or_else(fail)?;
+            }
+        }
+        Ok((extents, places, end))
+    }
+
+    fn frames(
+        &self,
+        mut extents: Vec<Extent>,
+        sources: &[&NewChunk],
+        places: Vec<(NodeId, DataOffset)>,
+        data_length: u64,
+    ) -> Result<Laid, (NodeId, Problem)> {
+        let mut starts: Vec<u64> = self.chunks.iter().map(|chunk| chunk.frame.0).collect();
+        starts.sort_unstable();
+        let mut starts = starts.into_iter().peekable();
+        let mut frames: Vec<Frame> = Vec::new();
+        // There are at most as many extents as entries, whose numbers have 32 bits.
+        let mut by_frame: Vec<u32> = (0..).take(extents.len()).collect();
+        by_frame.sort_by_key(|number| place(sources[*number as usize]));
+        let mut frame_extents = Vec::new();
+        for (position, number) in (0_u32..).zip(&by_frame) {
+            let extent = &mut extents[*number as usize];
+            let start = sources[*number as usize].frame;
+            if frames.last().is_none_or(|frame| frame.range.start != start) {
+                while starts.next_if(|next| *next <= start.0).is_some() {}
+                let end = starts.peek().copied().unwrap_or(self.payload_end);
+                let range = BlobRange { start, length: end - start.0 };
+                frames.push(Frame { range, codec: Codec::Gzip, decoded_length: 0 });
+                frame_extents.push(position);
+            }
+            let count = u32::try_from(frames.len()).unwrap_or(u32::MAX);
+            extent.frame = FrameId(count - 1);
+            let Some(frame) = frames.last_mut() else { continue };
+            if extent.frame_offset < frame.decoded_length {
+                return Err((extent.node, Problem::Overlap { offset: start }));
+            }
+            // Below the limit of a frame, as was checked when the chunk came.
+            frame.decoded_length = extent.frame_offset + extent.length;
+            let (compressed, decoded) = (frame.range.length, frame.decoded_length);
+            if decoded > compressed.saturating_mul(DEFLATE_DENSITY) {
+                return Err((extent.node, Problem::FrameTooDense { offset: start, compressed, decoded }));
+            }
+        }
+        frame_extents.push(u32::try_from(by_frame.len()).unwrap_or(u32::MAX));
+        for bounds in frame_extents.windows(2) {
+            by_frame[bounds[0] as usize..bounds[1] as usize].sort_unstable();
+        }
+        Ok(Laid { extents, frames, by_frame, frame_extents, data_length, places })
+    }
+}
+
+/// The order of the blob.
+fn place(chunk: &NewChunk) -> (BlobOffset, u64) {
+    (chunk.frame, chunk.frame_offset)
+}

@@ -15,6 +15,7 @@
 //! values; all input is hostile, and every bound stands in [`limits::Limits`].
 #![forbid(unsafe_code)]
 
+pub mod compression;
 pub mod digest;
 pub mod estargz;
 pub mod index;

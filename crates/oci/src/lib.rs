@@ -13,8 +13,13 @@
 //! What this crate must not know: what the bytes of a layer mean, mounts, terminals.
 #![forbid(unsafe_code)]
 
+pub mod auth;
 pub mod document;
 pub mod place;
+pub mod platform;
+pub mod reference;
 
 pub use document::{Descriptor, Document};
 pub use place::{BlobStream, Error, ImageSink, ImageSource};
+pub use platform::{Platform, Platforms};
+pub use reference::Reference;

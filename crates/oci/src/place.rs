@@ -81,6 +81,26 @@ pub enum Error {
         /// The source's name.
         place: String,
     },
+    /// The image is there, but not for this platform.
+    #[error("{place} has no image for {wanted}; it has {available}")]
+    NoPlatform {
+        /// The platform that was asked for.
+        wanted: String,
+        /// The source's name.
+        place: String,
+        /// What there is, as a list.
+        available: String,
+    },
+    /// More than one image fits.
+    #[error("{place} has more than one thing that could be {what}; choose one of {choices}")]
+    Ambiguous {
+        /// What was asked for.
+        what: String,
+        /// The source's name.
+        place: String,
+        /// What there is, as a list.
+        choices: String,
+    },
     /// Credentials are missing or not good enough.
     #[error(
         "{place} refused access ({detail}); log in with `podman login` or `docker login`, or check the permissions"

@@ -1,0 +1,240 @@
+//! One layer, made into eStargz.
+//!
+//! ```text
+//!  input ─▶ decompress ─▶ tar entries ─▶ spool            (first pass: one thread decompresses, one parses)
+//!                             └─▶ order
+//!  spool ─▶ batches of members ─▶ compress (all cores) ─▶ in order: hash, table of contents, output     (second pass)
+//! ```
+//!
+//! The order of the blob is not known before the last entry was read (a later entry may replace an earlier one), so the
+//! content waits in a file without a name. Where members begin depends on nothing but the entries and the chunk size,
+//! and each is compressed by itself: the same input gives the same bytes, whatever the number of threads.
+//!
+//! Memory: the [slots](Workers) of the batches that are under way, and about 150 bytes for each entry.
+
+use std::{
+    io::{Read, Write},
+    path::Path,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+};
+
+use loris_format::{
+    compression::GzipLevel,
+    digest::{Digest, DiffId},
+    estargz::{
+        toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
+        writer::{self, DEFAULT_CHUNK_BYTES},
+    },
+    limits::Limits,
+    tar,
+};
+
+mod input;
+mod output;
+mod spool;
+mod workers;
+
+#[cfg(test)]
+mod golden_tests;
+#[cfg(test)]
+mod tests;
+
+pub use workers::{DEFAULT_MEMORY_BYTES, Workers};
+
+/// The largest chunk that can be asked for, in bytes: a whole chunk is held in memory by whoever reads the layer.
+pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
+
+/// The layer's largest uncompressed size where nothing else is asked for, in bytes. A small blob can be made that never
+/// ends; disks do.
+pub const DEFAULT_MAX_UNCOMPRESSED_BYTES: u64 = 256 << 30;
+
+/// How a layer is made into eStargz.
+#[derive(Clone, Debug)]
+pub struct LayerOptions {
+    /// Strength of compression. Tools in the field use [`GzipLevel::BEST`] where nothing else is asked for, as we do.
+    pub level: GzipLevel,
+    /// Uncompressed bytes of a chunk, from 1 to [`MAX_CHUNK_BYTES`].
+    pub chunk_bytes: u64,
+    /// Files that come first, in this order, as paths in the image. Where there are none, the layer says that nothing
+    /// is worth prefetching.
+    pub prioritised: Vec<Vec<u8>>,
+    /// Whether a prioritised file that the layer lacks is told in [`ConvertedLayer::missing`] or is an error.
+    pub allow_missing: bool,
+    /// The largest uncompressed size of the source, in bytes.
+    pub max_uncompressed_bytes: u64,
+    /// Bounds on what the source may ask of us.
+    pub limits: Limits,
+}
+
+impl Default for LayerOptions {
+    fn default() -> Self {
+        Self {
+            level: GzipLevel::BEST,
+            chunk_bytes: DEFAULT_CHUNK_BYTES,
+            prioritised: Vec::new(),
+            allow_missing: false,
+            max_uncompressed_bytes: DEFAULT_MAX_UNCOMPRESSED_BYTES,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// What became of a layer.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConvertedLayer {
+    /// Digest of the blob.
+    pub blob_digest: Digest,
+    /// Compressed bytes of the blob.
+    pub blob_size: u64,
+    /// Digest of the new tar.
+    pub diff_id: DiffId,
+    /// Digest of the JSON text of the table of contents.
+    pub toc_digest: Digest,
+    /// Bytes of the new tar, table of contents included.
+    pub uncompressed_size: u64,
+    /// Entries of the new tar, landmark included, table of contents not.
+    pub entries: u64,
+    /// Digest of the source's tar, to be compared with what the image's configuration says.
+    pub source_diff_id: DiffId,
+    /// Bytes of the source's tar.
+    pub source_size: u64,
+    /// Prioritised files that the layer lacks.
+    pub missing: Vec<Vec<u8>>,
+    /// Hard links whose target the layer lacks (paths as in the tar). Lazy readers refuse such a layer; unpacking may
+    /// find the target in a lower one.
+    pub dangling_links: Vec<Vec<u8>>,
+}
+
+impl ConvertedLayer {
+    /// Returns the annotations that the layer's descriptor needs, so that readers trust the table of contents.
+    #[must_use]
+    pub fn annotations(&self) -> [(&'static str, String); 2] {
+        [
+            (TOC_DIGEST_ANNOTATION, self.toc_digest.to_string()),
+            (UNCOMPRESSED_SIZE_ANNOTATION, self.uncompressed_size.to_string()),
+        ]
+    }
+}
+
+/// What is told about a conversion while it runs, and how it is told to stop. Shared between threads.
+#[derive(Debug, Default)]
+pub struct Watch {
+    stop: AtomicBool,
+    read: AtomicU64,
+    written: AtomicU64,
+}
+
+impl Watch {
+    /// Makes the conversion end with [`Error::Stopped`] soon.
+    pub fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    /// Returns how many uncompressed bytes of the source were read so far.
+    #[must_use]
+    pub fn bytes_read(&self) -> u64 {
+        self.read.load(Ordering::Relaxed)
+    }
+
+    /// Returns how many uncompressed bytes of the new tar were written so far.
+    #[must_use]
+    pub fn bytes_written(&self) -> u64 {
+        self.written.load(Ordering::Relaxed)
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
+    }
+}
+
+/// Why a layer cannot be converted. Messages are fragments that fit "failed to convert layer ...: {error}".
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A chunk size that is not possible.
+    #[error("chunk size must be from 1 to {MAX_CHUNK_BYTES} bytes, not {bytes}")]
+    ChunkSize {
+        /// What was asked for.
+        bytes: u64,
+    },
+    /// The source does not come, or is not what its compression says.
+    #[error("its content cannot be read: {0}")]
+    Input(#[source] std::io::Error),
+    /// The source's tar is not one that can be taken.
+    #[error(transparent)]
+    Tar(#[from] tar::Error),
+    /// A path in the source's tar that no file can have.
+    #[error("entry at offset {offset}: {source}")]
+    Path {
+        /// Offset of its header in the uncompressed tar.
+        offset: u64,
+        /// What is wrong with it.
+        source: tar::path::InvalidPath,
+    },
+    /// The source is larger than [`LayerOptions::max_uncompressed_bytes`].
+    #[error("its uncompressed content exceeds the limit of {limit} bytes")]
+    TooLarge {
+        /// The bound.
+        limit: u64,
+    },
+    /// The table of contents is larger than [`Limits::toc_bytes`].
+    #[error("its table of contents exceeds the limit of {limit} bytes")]
+    TocTooLarge {
+        /// The bound.
+        limit: u64,
+    },
+    /// The layer cannot be written as eStargz.
+    #[error(transparent)]
+    Format(#[from] writer::Error),
+    /// Prioritised files are not there.
+    #[error(
+        "{count} prioritised files are not in the layer, first {first:?}; allow missing files to convert it without them"
+    )]
+    Missing {
+        /// How many.
+        count: usize,
+        /// The first.
+        first: String,
+    },
+    /// The temporary file failed, most likely for want of space.
+    #[error("temporary file in {directory}: {source}; point TMPDIR to a directory with space for the uncompressed layer")]
+    Spool {
+        /// Where it is.
+        directory: String,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The output does not take the blob.
+    #[error("the result cannot be written: {0}")]
+    Output(#[source] std::io::Error),
+    /// [`Watch::stop`] was called.
+    #[error("stopped")]
+    Stopped,
+    /// A compression thread panicked.
+    #[error("a compression thread failed; this is a bug, please report it")]
+    Thread,
+}
+
+/// Reads a layer (a tar, as it is or compressed with gzip or zstd), and writes it as eStargz to `sink`.
+///
+/// Blocks until the layer is written. `spool_directory` must have space for the uncompressed layer while it runs;
+/// nothing is left in it. The blob is not complete before this returns without an error.
+///
+/// # Errors
+/// See [`Error`]. The source's digest is not compared with anything: that is up to the caller, who knows what it should
+/// be ([`ConvertedLayer::source_diff_id`]).
+pub fn convert_layer(
+    input: impl Read + Send,
+    options: &LayerOptions,
+    workers: &Workers,
+    watch: &Watch,
+    spool_directory: &Path,
+    sink: impl Write,
+) -> Result<ConvertedLayer, Error> {
+    if !(1..=MAX_CHUNK_BYTES).contains(&options.chunk_bytes) {
+        return Err(Error::ChunkSize { bytes: options.chunk_bytes });
+    }
+    let spooled = input::spool(input, options, watch, spool_directory)?;
+    let plan = spooled.plan(options)?;
+    output::write(plan, options, workers, watch, spool_directory, sink)
+}

@@ -1,1 +1,28 @@
-//! (to be written)
+//! File-system trees at directories.
+//!
+//! A [`Tree`](loris_format::tree::Tree) says what an image looks like, and
+//! [lazy layers](loris_lazy::LazyLayer) hold its content. This crate makes the two visible to every program:
+//!
+//! - [`fuse`]: a read-only tree, served by this process. It needs no root.
+//! - [`overlay`]: overlayfs over such trees, so that the root file system of a container can be written to.
+//! - [`rootfs`]: both put together, and taken apart again in reverse order.
+//! - [`mounts`]: what is mounted, as the kernel says; which of it is ours; how to get rid of it.
+//! - [`probe`]: what this machine allows, and what to do about what it does not.
+//!
+//! What this crate must not know: registries, references, formats. Content comes from
+//! [`ensure`](loris_lazy::LazyLayer::ensure) alone, so that verification cannot be forgotten here.
+//!
+//! A second engine (EROFS that the kernel reads by itself, filled through fanotify) will stand beside [`fuse`]:
+//! [`rootfs::RootFs`] is the only place which chooses one.
+
+mod error;
+pub mod fuse;
+pub mod mounts;
+pub mod overlay;
+pub mod probe;
+pub mod rootfs;
+
+pub use error::MountError;
+
+/// The name under which our mounts stand in the kernel's list: source of all of them, subtype of those over FUSE.
+pub(crate) const MOUNT_NAME: &str = "loris";

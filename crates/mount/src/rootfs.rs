@@ -1,0 +1,326 @@
+//! The root file system of an image, at one directory: to be read, or to be written to as well.
+//!
+//! ```text
+//!  read-only:   tree over FUSE ──▶ mount point
+//!  read-write:  tree over FUSE ──▶ SCRATCH/lower ─┐
+//!               SCRATCH/upper, SCRATCH/work ──────┴─ overlayfs ──▶ mount point
+//! ```
+//!
+//! The scratch directory (`loris-rootfs.XXXX`) is locked by the process that uses it; one that nobody locks belongs to
+//! a process that was killed, and [`unmount_at`] removes it. What was put up is taken down in reverse order. A scratch
+//! directory is never removed while anything is mounted below it.
+//!
+//! This is the only place that chooses how a tree becomes visible; see the crate's documentation.
+
+use std::{
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::fs::{DirBuilderExt, PermissionsExt},
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use loris_format::tree::{InodeId, Tree};
+use loris_lazy::LazyLayer;
+use rustix::{
+    fs::{CWD, FlockOperation, Mode, OFlags},
+    io::Errno,
+};
+use tempfile::TempDir;
+use tokio::runtime::Handle;
+
+use crate::{
+    MountError,
+    fuse::{FuseMount, FuseOptions},
+    mounts::{self, Unmounted},
+    overlay::{OverlayMount, OverlayOptions, Upper},
+    probe::{Wish, probe},
+};
+
+/// How the names of scratch directories begin.
+const SCRATCH: &str = "loris-rootfs.";
+
+/// Whether, and where to, a root file system can be written.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Access {
+    /// It cannot.
+    ReadOnly,
+    /// Changes are thrown away when it is unmounted.
+    Discard,
+    /// Changes are kept in `upper` in this directory (beside it, `work` is overlayfs' own) and are there again when the
+    /// same image is mounted over it. One mount at a time.
+    Keep(PathBuf),
+}
+
+/// How to assemble a root file system.
+#[derive(Clone, Debug)]
+pub struct RootFsOptions {
+    /// Where; without, in the scratch directory.
+    pub mountpoint: Option<PathBuf>,
+    /// Whether it can be written to. What is not [`Access::ReadOnly`] needs the right to mount.
+    pub access: Access,
+    /// Where to make the scratch directory. Must be on a file system that overlayfs takes as upper directory (not on an
+    /// overlay) where `access` is [`Access::Discard`].
+    pub scratch: PathBuf,
+    /// How to serve the tree.
+    pub fuse: FuseOptions,
+}
+
+impl RootFsOptions {
+    /// Read-only, in a scratch directory below the system's directory for temporary files.
+    #[must_use]
+    pub fn read_only() -> Self {
+        Self { mountpoint: None, access: Access::ReadOnly, scratch: std::env::temp_dir(), fuse: FuseOptions::default() }
+    }
+}
+
+/// A root file system that is mounted. Dropping it takes everything down.
+#[derive(Debug)]
+pub struct RootFs {
+    path: PathBuf,
+    /// Uppermost first: the order in which they are taken down.
+    overlay: Option<OverlayMount>,
+    fuse: Option<FuseMount>,
+    scratch: Option<Scratch>,
+}
+
+impl RootFs {
+    /// Mounts `tree`, whose layer `n` is `layers[n]`. Missing content is fetched on `runtime`. On return it is live.
+    /// Blocks for some system calls, never for the network.
+    ///
+    /// # Errors
+    /// See [`MountError`]: nothing is left mounted, and no directory left behind, then.
+    pub fn assemble(
+        tree: Arc<Tree>,
+        layers: Vec<Arc<LazyLayer>>,
+        options: &RootFsOptions,
+        runtime: &Handle,
+    ) -> Result<Self, MountError> {
+        let wish = if options.access == Access::ReadOnly { Wish::ReadOnly } else { Wish::ReadWrite };
+        let missing: Vec<_> = probe().missing_for(wish).iter().map(ToString::to_string).collect();
+        if !missing.is_empty() {
+            return Err(MountError::Unable { missing: missing.join("; ") });
+        }
+        let scratch = match (&options.mountpoint, &options.access) {
+            (Some(_), Access::ReadOnly) => None,
+            _ => Some(Scratch::create(&options.scratch)?),
+        };
+        let path = match (&options.mountpoint, &scratch) {
+            (Some(mountpoint), _) => mounts::check_mountpoint(mountpoint)?,
+            (None, Some(scratch)) => scratch.directory("rootfs")?,
+            (None, None) => unreachable!("a mount without a mount point of its own has a scratch directory"),
+        };
+        // From here on, an early return drops what was put up so far, uppermost first.
+        let mut rootfs = Self { path, overlay: None, fuse: None, scratch };
+        let overlay = match (&rootfs.scratch, upper_directory(options, rootfs.scratch.as_ref(), &tree)?) {
+            (Some(scratch), Some(upper)) => Some((scratch.directory("lower")?, upper)),
+            _ => None,
+        };
+        let fuse_at = overlay.as_ref().map_or(&rootfs.path, |(lower, _)| lower);
+        rootfs.fuse = Some(FuseMount::mount(tree, layers, fuse_at, &options.fuse, runtime)?);
+        if let Some((lower, upper)) = overlay {
+            let overlay = OverlayOptions {
+                lower: vec![lower],
+                upper: Some(upper),
+                user_xattrs: in_user_namespace(),
+                volatile: options.access == Access::Discard,
+            };
+            rootfs.overlay = Some(OverlayMount::mount(&overlay, &rootfs.path)?);
+        }
+        Ok(rootfs)
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Waits until somebody else has taken it down, as [`unmount_at`] does. It should be dropped then.
+    pub async fn ended(&self) {
+        if let Some(fuse) = &self.fuse {
+            fuse.ended().await;
+        }
+    }
+
+    /// Takes everything down, in reverse order; what is in use is detached. Blocks for at most a second.
+    ///
+    /// # Errors
+    /// The first error; the rest is still tried.
+    pub fn unmount(mut self) -> Result<Unmounted, MountError> {
+        self.take_down()
+    }
+
+    fn take_down(&mut self) -> Result<Unmounted, MountError> {
+        let overlay = self.overlay.take().map_or(Ok(Unmounted::Absent), OverlayMount::unmount);
+        let fuse = self.fuse.take().map_or(Ok(Unmounted::Absent), FuseMount::unmount);
+        let scratch = self.scratch.take().map_or(Ok(()), Scratch::remove);
+        let (overlay, fuse) = (overlay?, fuse?);
+        scratch?;
+        let detached = [overlay, fuse].contains(&Unmounted::Detached);
+        let absent = [overlay, fuse] == [Unmounted::Absent; 2];
+        Ok(match (detached, absent) {
+            (true, _) => Unmounted::Detached,
+            (_, true) => Unmounted::Absent,
+            _ => Unmounted::Whole,
+        })
+    }
+}
+
+impl Drop for RootFs {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_down() {
+            tracing::warn!(%error, "a root file system was not taken down whole");
+        }
+    }
+}
+
+/// Takes down the root file system at a directory, whichever process of this machine put it up, also where that process
+/// was killed. A process that is alive is told by [`RootFs::ended`] and removes its scratch directory itself.
+///
+/// # Errors
+/// [`MountError::NotOurs`] where nothing of ours stands there; [`MountError::Unmount`] where the kernel refuses.
+pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
+    let not_ours = || MountError::NotOurs { path: mountpoint.to_owned() };
+    let mount = mounts::find(mountpoint)?.filter(mounts::MountInfo::is_loris).ok_or_else(not_ours)?;
+    let mut unmounted = mounts::unmount(&mount.mountpoint)?;
+    let mut beside = vec![mount.mountpoint.clone()];
+    for lower in mount.lower_directories() {
+        if mounts::find(&lower)?.is_some_and(|mount| mount.is_loris())
+            && mounts::unmount(&lower)? == Unmounted::Detached
+        {
+            unmounted = Unmounted::Detached;
+        }
+        beside.push(lower);
+    }
+    for directory in beside.iter().filter_map(|path| path.parent()).filter(|path| is_scratch(path)) {
+        if let Ok(Some(lock)) = lock(directory) {
+            remove(directory)?;
+            drop(lock);
+        }
+    }
+    Ok(unmounted)
+}
+
+/// Where changes go, if anywhere. A fresh upper directory looks like the root of the tree, since its mode and owner are
+/// those of the root that programs see.
+fn upper_directory(
+    options: &RootFsOptions,
+    scratch: Option<&Scratch>,
+    tree: &Tree,
+) -> Result<Option<Upper>, MountError> {
+    let base = match (&options.access, scratch) {
+        (Access::Keep(base), _) => base.as_path(),
+        (Access::Discard, Some(scratch)) => scratch.path(),
+        _ => return Ok(None),
+    };
+    let failed = |path: &Path, source: io::Error| MountError::Scratch { path: path.to_owned(), source };
+    let upper = Upper { upper: base.join("upper"), work: base.join("work") };
+    let fresh = !upper.upper.exists();
+    for directory in [base, &upper.upper, &upper.work] {
+        fs::create_dir_all(directory).map_err(|error| failed(directory, error))?;
+    }
+    if let Some(root) = tree.inode(InodeId::ROOT).filter(|_| fresh) {
+        let permissions = fs::Permissions::from_mode(u32::from(root.permissions & 0o7777));
+        std::os::unix::fs::chown(&upper.upper, Some(root.uid), Some(root.gid))
+            .and_then(|()| fs::set_permissions(&upper.upper, permissions))
+            .map_err(|error| failed(&upper.upper, error))?;
+    }
+    Ok(Some(upper))
+}
+
+/// Whether user numbers are mapped here, so that overlayfs cannot use `trusted.*` attributes.
+fn in_user_namespace() -> bool {
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !map.split_whitespace().eq(["0", "0", "4294967295"]))
+}
+
+/// A directory for one root file system, locked while it is in use.
+#[derive(Debug)]
+struct Scratch {
+    directory: TempDir,
+    _lock: OwnedFd,
+}
+
+impl Scratch {
+    fn create(parent: &Path) -> Result<Self, MountError> {
+        let failed = |source: io::Error| MountError::Scratch { path: parent.to_owned(), source };
+        // Overlayfs is told the path, and it must mean the same after a change of the working directory.
+        let parent = parent.canonicalize().map_err(failed)?;
+        let directory = tempfile::Builder::new().prefix(SCRATCH).tempdir_in(parent).map_err(failed)?;
+        let lock = lock(directory.path()).map_err(failed)?;
+        let lock = lock.ok_or_else(|| failed(io::ErrorKind::ResourceBusy.into()))?;
+        Ok(Self { directory, _lock: lock })
+    }
+
+    fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn directory(&self, name: &str) -> Result<PathBuf, MountError> {
+        let path = self.path().join(name);
+        let made = fs::DirBuilder::new().mode(0o755).create(&path);
+        made.map(|()| path.clone()).map_err(|source| MountError::Scratch { path, source })
+    }
+
+    fn remove(self) -> Result<(), MountError> {
+        // Not by `TempDir`, which would go on into what is still mounted.
+        remove(&self.directory.keep())
+    }
+}
+
+/// Removes a scratch directory unless something is mounted below it, which might be somebody's files.
+fn remove(directory: &Path) -> Result<(), MountError> {
+    let failed = |source: io::Error| MountError::Scratch { path: directory.to_owned(), source };
+    if mounts::list()?.iter().any(|mount| mount.mountpoint.starts_with(directory)) {
+        return Err(failed(io::Error::new(io::ErrorKind::ResourceBusy, "something is still mounted in it")));
+    }
+    match fs::remove_dir_all(directory) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
+        _ => Ok(()),
+    }
+}
+
+fn is_scratch(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.as_encoded_bytes().starts_with(SCRATCH.as_bytes()))
+}
+
+/// Locks a directory until the descriptor is closed; `None` where another process has locked it.
+fn lock(directory: &Path) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let descriptor = rustix::fs::openat(CWD, directory, flags, Mode::empty())?;
+    match rustix::fs::flock(&descriptor, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(Some(descriptor)),
+        Err(Errno::WOULDBLOCK) => Ok(None),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn a_scratch_directory_is_locked_and_removed() {
+        let parent = tempfile::tempdir().unwrap();
+        let scratch = Scratch::create(parent.path()).unwrap();
+        let path = scratch.path().to_owned();
+        assert!(is_scratch(&path));
+        assert!(!is_scratch(parent.path()));
+        assert!(lock(&path).unwrap().is_none(), "locked");
+        fs::write(scratch.directory("upper").unwrap().join("file"), "x").unwrap();
+        scratch.remove().unwrap();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn nothing_of_ours() {
+        let directory = tempfile::tempdir().unwrap();
+        for path in [directory.path(), Path::new("/"), &directory.path().join("missing")] {
+            let error = unmount_at(path).unwrap_err();
+            assert!(matches!(error, MountError::NotOurs { .. }), "{error}");
+        }
+    }
+}

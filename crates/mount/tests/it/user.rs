@@ -1,0 +1,99 @@
+//! Mounting without privileges.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
+    process::Command,
+};
+
+use loris_mount::{
+    MountError,
+    fuse::FuseOptions,
+    mounts::{self, Unmounted},
+    probe::{Wish, probe},
+    rootfs::{Access, RootFs, RootFsOptions},
+};
+
+use crate::{
+    assert_nothing_mounted,
+    image::{TestImage, directory, file, noise},
+};
+
+const USER: u32 = 65534;
+
+/// The body of the test below, run as a user without privileges.
+#[test]
+fn child_without_privileges() {
+    if std::env::var_os("LORIS_TEST_AS_USER").is_none() {
+        return;
+    }
+    let abilities = probe();
+    assert!(!abilities.is_admin());
+    assert_eq!(abilities.missing_for(Wish::ReadOnly), Vec::<&loris_mount::probe::Ability>::new());
+    let image = TestImage::new(&[vec![
+        directory("d"),
+        file("d/big", noise(1, 100_000)).owner(USER, USER),
+        file("d/su", "x").mode(0o4755),
+    ]]);
+    let mountpoint = image.mountpoint("mounted");
+    let mut options = RootFsOptions {
+        mountpoint: Some(mountpoint.clone()),
+        access: Access::ReadOnly,
+        scratch: image.directory.path().to_owned(),
+        fuse: FuseOptions::default(),
+    };
+    let assemble = |options: &RootFsOptions| {
+        RootFs::assemble(image.merged(), image.layers.clone(), options, image.runtime.handle())
+    };
+    for busy in [false, true] {
+        let rootfs = assemble(&options).unwrap();
+        let info = mounts::find(&mountpoint).unwrap().unwrap();
+        assert!(info.is_loris(), "{info:?}");
+        assert_eq!(fs::read(mountpoint.join("d/big")).unwrap(), noise(1, 100_000));
+        assert_eq!(fs::metadata(mountpoint.join("d/su")).unwrap().mode() & 0o7777, 0o4755);
+        let held = busy.then(|| fs::File::open(mountpoint.join("d/big")).unwrap());
+        let expected = if busy { Unmounted::Detached } else { Unmounted::Whole };
+        assert_eq!(rootfs.unmount().unwrap(), expected);
+        assert_nothing_mounted(image.directory.path());
+        drop(held);
+    }
+    options.access = Access::Discard;
+    let error = assemble(&options).unwrap_err();
+    assert!(matches!(error, MountError::Unable { .. }), "{error}");
+    // What is not the user's own cannot be mounted at, and fusermount3 says so.
+    options.access = Access::ReadOnly;
+    options.mountpoint = Some("/etc".into());
+    let error = assemble(&options).unwrap_err();
+    assert!(matches!(error, MountError::Fusermount { .. }), "{error}");
+    println!("mounted without privileges");
+}
+
+#[test]
+fn a_user_mounts_through_fusermount() {
+    let test = "a_user_mounts_through_fusermount";
+    if !loris_testkit::require_root(test)
+        || loris_testkit::require_peer(test, "fusermount3").is_none()
+        || !loris_testkit::require_fuse(test)
+    {
+        return;
+    }
+    let Some(setpriv) = loris_testkit::require_peer(test, "setpriv") else { return };
+    // The user may not be allowed to look into the directory that this program stands in.
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("child");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    chown(directory.path(), Some(USER), Some(USER)).unwrap();
+    let child = Command::new(setpriv)
+        .args([format!("--reuid={USER}"), format!("--regid={USER}"), "--clear-groups".to_owned()])
+        .arg(&program)
+        .args(["--exact", "user::child_without_privileges", "--nocapture"])
+        .env("LORIS_TEST_AS_USER", "1")
+        .env("TMPDIR", directory.path())
+        .env("HOME", directory.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("mounted without privileges"), "{child:?}");
+    assert_nothing_mounted(directory.path());
+}

@@ -39,6 +39,9 @@ pub struct Timestamp {
     pub nanoseconds: u32,
 }
 
+/// Extended attributes: names and values.
+pub type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+
 /// One file of a layer: an inode. Hard links are several names of one node.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Node {
@@ -53,7 +56,7 @@ pub struct Node {
     /// Modification time.
     pub mtime: Timestamp,
     /// Extended attributes, sorted by name, as the layer has them (nothing filtered).
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Xattrs,
     /// Names that lead here; for a directory 2 and one for each subdirectory.
     pub link_count: u32,
 }

@@ -21,7 +21,7 @@
 use std::fmt;
 
 use crate::{
-    index::{LayerIndex, NodeId, Timestamp},
+    index::{LayerIndex, NodeId, Timestamp, Xattrs},
     position::DataOffset,
 };
 
@@ -92,7 +92,7 @@ pub struct Inode {
     /// Modification time.
     pub mtime: Timestamp,
     /// Extended attributes that are shown, sorted by name.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Xattrs,
     /// Names that lead here in this tree; for a directory 2 and one for each subdirectory.
     pub link_count: u32,
 }

@@ -338,7 +338,7 @@ mod tests {
             assert_eq!(read(&tail, 1000), Err(FooterError::OffsetMalformed { footer, digits: digits.into() }));
         }
         // The reference takes digits of either case.
-        assert_eq!(read(&reference(b"SG\x16\000000000000000aBSTARGZ"), 1000), toc(Kind::Estargz, 0xab, 51));
+        assert_eq!(read(&reference(b"SG\x16\x0000000000000000aBSTARGZ"), 1000), toc(Kind::Estargz, 0xab, 51));
     }
 
     proptest! {

@@ -421,3 +421,6 @@ fn octal(field: &[u8]) -> Option<u64> {
         .iter()
         .try_fold(0, |value, digit| (b'0'..=b'7').contains(digit).then(|| value << 3 | u64::from(digit - b'0')))
 }
+
+#[cfg(test)]
+mod tests;

@@ -75,7 +75,7 @@ pub struct Entry<'a> {
     pub dev_minor: i64,
     /// Extended attributes. Written in the order of their names; of equal names the last counts. A name that is not
     /// UTF-8 is written with U+FFFD.
-    pub xattrs: Vec<(Cow<'a, [u8]>, Cow<'a, [u8]>)>,
+    pub xattrs: EntryXattrs<'a>,
     /// Regular files: digest of the whole content.
     pub digest: Option<Digest>,
     /// Where the chunk begins in the file, in uncompressed bytes.
@@ -86,6 +86,9 @@ pub struct Entry<'a> {
     /// Digest of the chunk's uncompressed bytes.
     pub chunk_digest: Option<Digest>,
 }
+
+/// Extended attributes of an entry: names and values.
+pub type EntryXattrs<'a> = Vec<(Cow<'a, [u8]>, Cow<'a, [u8]>)>;
 
 /// The `type` of an entry.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]

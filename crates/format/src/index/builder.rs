@@ -10,7 +10,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::{LayerIndex, Timestamp};
+use super::{LayerIndex, Timestamp, Xattrs};
 use crate::{
     digest::Digest,
     limits::Limits,
@@ -22,6 +22,8 @@ mod error;
 mod finish;
 mod layout;
 mod names;
+#[cfg(test)]
+mod tests;
 
 pub use error::{IndexError, Problem};
 use names::Names;
@@ -55,7 +57,7 @@ pub struct Attributes {
     /// Modification time.
     pub mtime: Timestamp,
     /// Extended attributes in any order; of equal names the last counts.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Xattrs,
 }
 
 /// What an entry makes.

@@ -5,7 +5,7 @@ use std::{borrow::Cow, cell::RefCell, fmt};
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::{Entry, EntryType, time, to_utf8};
+use super::{Entry, EntryType, EntryXattrs, time, to_utf8};
 use crate::{digest::Digest, limits::Limits};
 
 /// The version of the document that everyone writes.
@@ -344,10 +344,8 @@ fn shown(text: &[u8]) -> Cow<'_, str> {
 
 struct Xattrs<'a>(&'a Limits);
 
-type XattrList<'de> = Vec<(Cow<'de, [u8]>, Cow<'de, [u8]>)>;
-
 impl<'de> DeserializeSeed<'de> for Xattrs<'_> {
-    type Value = Option<XattrList<'de>>;
+    type Value = Option<EntryXattrs<'de>>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_option(self)
@@ -355,7 +353,7 @@ impl<'de> DeserializeSeed<'de> for Xattrs<'_> {
 }
 
 impl<'de> Visitor<'de> for Xattrs<'_> {
-    type Value = Option<XattrList<'de>>;
+    type Value = Option<EntryXattrs<'de>>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object of extended attributes")

@@ -94,12 +94,15 @@ fn resolve(builder: &mut IndexBuilder, link: u32) -> Result<u32, IndexError> {
     let mut at = link;
     let mut shown = String::new();
     let found = loop {
-        let fail = |builder: &IndexBuilder, problem| Err(error_at(builder, at, problem));
+        // The error is about the link that leads on to `at`.
+        let fail = |builder: &IndexBuilder, chain: &[u32], problem| {
+            Err(error_at(builder, chain.last().copied().unwrap_or(link), problem))
+        };
         let target = match &mut builder.nodes[at as usize].kind {
-            DraftKind::Directory { .. } => return fail(builder, Problem::LinkToDirectory { target: shown }),
+            DraftKind::Directory { .. } => return fail(builder, &chain, Problem::LinkToDirectory { target: shown }),
             DraftKind::Pending { waiting, target } => match waiting {
                 Waiting::Resolved(node) => break *node,
-                Waiting::UnderWay => return fail(builder, Problem::LinkCycle { target: shown }),
+                Waiting::UnderWay => return fail(builder, &chain, Problem::LinkCycle { target: shown }),
                 Waiting::Untried => {
                     *waiting = Waiting::UnderWay;
                     std::mem::take(target)
@@ -111,8 +114,8 @@ fn resolve(builder: &mut IndexBuilder, link: u32) -> Result<u32, IndexError> {
         shown = error::shown(&target);
         match builder.node_at(&target) {
             Ok(Some(node)) => at = node,
-            Ok(None) => return fail(builder, Problem::LinkToNothing { target: shown }),
-            Err(problem) => return fail(builder, problem),
+            Ok(None) => return fail(builder, &chain, Problem::LinkToNothing { target: shown }),
+            Err(problem) => return fail(builder, &chain, problem),
         }
     };
     for link in chain {

@@ -26,6 +26,9 @@ pub(super) struct Layout<'a> {
     files: Vec<File>,
 }
 
+/// Where the content of files stands in the data file.
+pub(super) type Places = Vec<(NodeId, DataOffset)>;
+
 pub(super) struct Laid {
     pub(super) extents: Vec<Extent>,
     pub(super) frames: Vec<Frame>,
@@ -33,7 +36,7 @@ pub(super) struct Laid {
     pub(super) frame_extents: Vec<u32>,
     pub(super) data_length: u64,
     /// The place of each file that was added, in that order.
-    pub(super) places: Vec<(NodeId, DataOffset)>,
+    pub(super) places: Places,
 }
 
 impl<'a> Layout<'a> {
@@ -56,7 +59,7 @@ impl<'a> Layout<'a> {
         self.frames(extents, &sources, places, data_length)
     }
 
-    fn extents(&self) -> Result<(Vec<Extent>, Vec<(NodeId, DataOffset)>, u64), (NodeId, Problem)> {
+    fn extents(&self) -> Result<(Vec<Extent>, Places, u64), (NodeId, Problem)> {
         let mut extents = Vec::with_capacity(self.files.iter().map(|file| file.chunks.len()).sum());
         let mut places = Vec::with_capacity(self.files.len());
         let mut end = 0_u64;
@@ -85,7 +88,7 @@ impl<'a> Layout<'a> {
         &self,
         mut extents: Vec<Extent>,
         sources: &[&NewChunk],
-        places: Vec<(NodeId, DataOffset)>,
+        places: Places,
         data_length: u64,
     ) -> Result<Laid, (NodeId, Problem)> {
         let mut starts: Vec<u64> = self.chunks.iter().map(|chunk| chunk.frame.0).collect();

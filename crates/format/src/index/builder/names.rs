@@ -112,8 +112,9 @@ impl Names {
     }
 
     fn slot(&self, hash: u64) -> usize {
-        // The low bits are as good as others; the mask is below the length.
-        (hash & (self.table.len() as u64 - 1)) as usize
+        #[expect(clippy::cast_possible_truncation, reason = "the low bits are as good as others, and only they count")]
+        let bits = hash as usize;
+        bits & (self.table.len() - 1)
     }
 
     fn occupy(&mut self, hash: u64, place: u32) {

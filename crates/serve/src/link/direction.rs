@@ -1,0 +1,132 @@
+//! One direction of one connection: bytes leave at the link's rate and arrive a delay later.
+
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::tcp::{OwnedReadHalf, OwnedWriteHalf},
+    sync::mpsc,
+};
+
+use super::{alarm::Alarm, shaper::Shaper};
+
+/// Bytes under way at the beginning of a connection: ten segments (RFC 6928).
+const INITIAL_WINDOW_BYTES: usize = 10 * 1460;
+/// How far ahead of the link bytes are taken from the sender. It covers the time that waking up takes.
+const AHEAD: Duration = Duration::from_millis(2);
+/// Pieces under way, at most. It bounds memory if a sender sends single bytes.
+const PIECES: usize = 8192;
+
+/// What one direction of a connection does to bytes.
+#[derive(Clone, Copy)]
+pub struct Direction<'a> {
+    /// The rate, shared with all connections.
+    pub shaper: &'a Shaper,
+    /// From one end to the other.
+    pub delay: Duration,
+    /// Most bytes under way.
+    pub window_bytes: usize,
+    /// Whether the window begins small.
+    pub slow_start: bool,
+}
+
+/// Bytes under way. No bytes are the end.
+struct Piece {
+    arrives: Instant,
+    bytes: Box<[u8]>,
+}
+
+/// The receiver has taken bytes, which the sender learns at a moment.
+struct Acknowledgement {
+    arrives: Instant,
+    count: usize,
+}
+
+impl Direction<'_> {
+    /// Carries all bytes from `from` to `to`, and then the end.
+    ///
+    /// # Errors
+    /// One of the sockets broke.
+    pub async fn carry(self, from: OwnedReadHalf, to: OwnedWriteHalf) -> io::Result<()> {
+        let (pieces, arriving) = mpsc::channel(PIECES);
+        // As many acknowledgements as pieces at most, and the sender reads them before it sends more.
+        let (acknowledged, acknowledgements) = mpsc::unbounded_channel();
+        tokio::try_join!(self.send(from, pieces, acknowledgements), self.receive(to, arriving, acknowledged))?;
+        Ok(())
+    }
+
+    async fn send(
+        self,
+        mut from: OwnedReadHalf,
+        pieces: mpsc::Sender<Piece>,
+        mut acknowledgements: mpsc::UnboundedReceiver<Acknowledgement>,
+    ) -> io::Result<()> {
+        let mut alarm = Alarm::new()?;
+        let chunk_bytes = self.shaper.chunk_bytes();
+        let mut buffer = vec![0; chunk_bytes];
+        let mut window = if self.slow_start { INITIAL_WINDOW_BYTES.min(self.window_bytes) } else { self.window_bytes };
+        let mut under_way = 0;
+        let mut next: Option<Acknowledgement> = None;
+        loop {
+            // Learn what has arrived: all that is known by now, and more if the window is full.
+            loop {
+                let full = window - under_way.min(window) < chunk_bytes.min(window);
+                if next.is_none() {
+                    next = if full { acknowledgements.recv().await } else { acknowledgements.try_recv().ok() };
+                }
+                match next.take() {
+                    Some(acknowledgement) if acknowledgement.arrives <= Instant::now() => {
+                        under_way -= acknowledgement.count;
+                        window = (window + acknowledgement.count).min(self.window_bytes);
+                    }
+                    Some(acknowledgement) if full => {
+                        alarm.until(acknowledgement.arrives).await?;
+                        next = Some(acknowledgement);
+                    }
+                    later => {
+                        next = later;
+                        break;
+                    }
+                }
+                if full && acknowledgements.is_closed() && next.is_none() && acknowledgements.is_empty() {
+                    // The receiving half has failed; it reports why.
+                    return Ok(());
+                }
+            }
+            let room = (window - under_way.min(window)).min(chunk_bytes);
+            let count = from.read(&mut buffer[..room]).await?;
+            let leaves = self.shaper.reserve(count);
+            let piece = Piece { arrives: leaves + self.delay, bytes: buffer[..count].into() };
+            if pieces.send(piece).await.is_err() || count == 0 {
+                return Ok(());
+            }
+            under_way += count;
+            if leaves.saturating_duration_since(Instant::now()) > AHEAD {
+                alarm.until(leaves.checked_sub(AHEAD / 2).unwrap_or(leaves)).await?;
+            }
+        }
+    }
+
+    async fn receive(
+        self,
+        mut to: OwnedWriteHalf,
+        mut arriving: mpsc::Receiver<Piece>,
+        acknowledged: mpsc::UnboundedSender<Acknowledgement>,
+    ) -> io::Result<()> {
+        let mut alarm = Alarm::new()?;
+        while let Some(piece) = arriving.recv().await {
+            alarm.until(piece.arrives).await?;
+            if piece.bytes.is_empty() {
+                return to.shutdown().await;
+            }
+            to.write_all(&piece.bytes).await?;
+            let arrives = Instant::now().max(piece.arrives) + self.delay;
+            // The sender may have ended; then nobody needs to know.
+            let _ = acknowledged.send(Acknowledgement { arrives, count: piece.bytes.len() });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,137 @@
+//! Order, counts and lower bounds of time. Upper bounds belong to benchmarks.
+
+use std::{
+    io::{Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::*;
+
+/// A server that sends `down` bytes once it has read everything, and returns what it read.
+fn server(down: Vec<u8>, connections: usize) -> (SocketAddr, thread::JoinHandle<Vec<Vec<u8>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    let thread = thread::spawn(move || {
+        let serve = |mut stream: TcpStream| {
+            let mut up = Vec::new();
+            stream.read_to_end(&mut up).unwrap();
+            stream.write_all(&down).unwrap();
+            up
+        };
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..connections)
+                .map(|_| {
+                    let (stream, _) = listener.accept().unwrap();
+                    scope.spawn(move || serve(stream))
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        })
+    });
+    (address, thread)
+}
+
+fn exchange(address: SocketAddr, up: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).unwrap();
+    stream.write_all(up).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut down = Vec::new();
+    stream.read_to_end(&mut down).unwrap();
+    down
+}
+
+fn pattern(count: usize) -> Vec<u8> {
+    (0..count).map(|position| (position % 251) as u8).collect()
+}
+
+#[test]
+fn bytes_and_order() {
+    for slow_start in [false, true] {
+        for (rate, delay) in [(0, 0), (0, 3), (50_000_000, 0), (50_000_000, 3), (1_000_000_000, 1)] {
+            let (up, down) = (pattern(70_001), pattern(300_007));
+            let (address, server) = server(down.clone(), 1);
+            let options = LinkOptions { slow_start, ..LinkOptions::symmetric(rate, Duration::from_millis(delay)) };
+            let link = Link::start(options, address).unwrap();
+            assert!(exchange(link.address(), &up) == down, "{options:?}");
+            assert!(server.join().unwrap() == [up], "{options:?}");
+            let expected = LinkStatistics { bytes_down: 300_007, bytes_up: 70_001, connections: 1 };
+            assert_eq!(link.statistics(), expected);
+            link.reset();
+            assert_eq!(link.statistics(), LinkStatistics::default());
+            link.stop();
+        }
+    }
+}
+
+#[test]
+fn takes_its_time() {
+    let delay = Duration::from_millis(15);
+    let (address, server) = server(pattern(250_000), 4);
+    let link = Link::start(LinkOptions::symmetric(40_000_000, delay), address).unwrap();
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| assert_eq!(exchange(link.address(), b"x").len(), 250_000));
+        }
+    });
+    // A megabyte at 5 MB/s, less the burst; a round trip for the handshake and one for the question.
+    let least = Duration::from_millis(200) - shaper::CREDIT + 4 * delay;
+    assert!(start.elapsed() >= least, "{:?}", start.elapsed());
+    assert_eq!(server.join().unwrap().len(), 4);
+    assert_eq!(link.statistics(), LinkStatistics { bytes_down: 1_000_000, bytes_up: 4, connections: 4 });
+}
+
+#[test]
+fn slow_start_costs_round_trips() {
+    // 14600 bytes, twice that, ...: 100 000 bytes need three round trips, and the first arrival half of one.
+    let delay = Duration::from_millis(10);
+    let (address, server) = server(pattern(100_000), 1);
+    let link = Link::start(LinkOptions::symmetric(0, delay), address).unwrap();
+    let start = Instant::now();
+    assert_eq!(exchange(link.address(), b"").len(), 100_000);
+    assert!(start.elapsed() >= 2 * delay + delay + 2 * delay * 2 + delay, "{:?}", start.elapsed());
+    server.join().unwrap();
+}
+
+#[test]
+fn a_reader_that_stops_stops_the_writer() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let options = LinkOptions::symmetric(100_000_000, Duration::from_millis(1));
+    let link = Link::start(options, listener.local_addr().unwrap()).unwrap();
+    let client = TcpStream::connect(link.address()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    server.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
+    let chunk = vec![0; 64 << 10];
+    let mut written = 0;
+    while written < 256 << 20 {
+        match server.write(&chunk) {
+            Ok(count) => written += count,
+            Err(_) => break,
+        }
+    }
+    assert!(written < 64 << 20, "{written} bytes were taken for a client that doesn't read");
+    drop(client);
+    link.stop();
+}
+
+#[test]
+fn breaks_and_stops() {
+    // Nothing listens upstream: the client's connection ends.
+    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let link = Link::start(LinkOptions::symmetric(0, Duration::ZERO), free).unwrap();
+    let mut client = TcpStream::connect(link.address()).unwrap();
+    assert!(matches!(client.read(&mut [0; 1]), Ok(0) | Err(_)));
+    link.stop();
+
+    // A link that stops takes its connections along.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let link = Link::start(LinkOptions::symmetric(0, Duration::ZERO), listener.local_addr().unwrap()).unwrap();
+    let mut client = TcpStream::connect(link.address()).unwrap();
+    let (_server, _) = listener.accept().unwrap();
+    let address = link.address();
+    link.stop();
+    assert!(matches!(client.read(&mut [0; 1]), Ok(0) | Err(_)));
+    assert!(TcpStream::connect(address).is_err());
+}

@@ -246,7 +246,9 @@ fn invalid(digest: &Digest, detail: impl std::fmt::Display) -> Error {
 }
 
 /// Go writes an empty list or map as `null` unless it is told not to.
-fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(deserializer: D) -> Result<T, D::Error> {
+pub(crate) fn null_as_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(
+    deserializer: D,
+) -> Result<T, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 

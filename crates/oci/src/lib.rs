@@ -13,13 +13,19 @@
 //! What this crate must not know: what the bytes of a layer mean, mounts, terminals.
 #![forbid(unsafe_code)]
 
+pub mod archive;
 pub mod auth;
+mod blob;
 pub mod document;
+pub mod layout;
+pub mod name;
 pub mod place;
 pub mod platform;
 pub mod reference;
+pub mod registry;
 
 pub use document::{Descriptor, Document};
+pub use name::{ImageName, OpenOptions, open_sink, open_source};
 pub use place::{BlobStream, Error, ImageSink, ImageSource};
 pub use platform::{Platform, Platforms};
 pub use reference::Reference;

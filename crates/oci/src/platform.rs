@@ -229,36 +229,80 @@ pub async fn resolve_image(
     limits: &Limits,
 ) -> Result<ResolvedImage, Error> {
     let root = source.root().await?;
-    let host = Platform::host();
-    let document = match root.parse_kind(limits)? {
-        Kind::Manifest(_) => root,
+    let wanted = only_alone(&root, platform);
+    let (document, manifest) = descend(source, root, platform, limits).await?;
+    let (config_document, config) = read_config(source, &manifest, wanted, limits).await?;
+    Ok(ResolvedImage { document, manifest, config_document, config })
+}
+
+/// As [`resolve_image`], without the configuration: it costs a round trip, which whoever opens layers can spend beside
+/// theirs.
+///
+/// # Errors
+/// As [`resolve_image`].
+pub async fn resolve_manifest(
+    source: &dyn ImageSource,
+    platform: Option<&Platform>,
+    limits: &Limits,
+) -> Result<(Document, Manifest), Error> {
+    let root = source.root().await?;
+    let wanted = only_alone(&root, platform);
+    let (document, manifest) = descend(source, root, platform, limits).await?;
+    if wanted.is_some() {
+        read_config(source, &manifest, wanted, limits).await?;
+    }
+    Ok((document, manifest))
+}
+
+/// Returns the platform that the configuration must be for. In an index, the descriptor has said what the image is for;
+/// of an image that stands alone, only its configuration does.
+fn only_alone<'a>(root: &Document, platform: Option<&'a Platform>) -> Option<&'a Platform> {
+    platform.filter(|_| media_type::is_manifest(&root.media_type))
+}
+
+async fn descend(
+    source: &dyn ImageSource,
+    root: Document,
+    platform: Option<&Platform>,
+    limits: &Limits,
+) -> Result<(Document, Manifest), Error> {
+    let (document, manifest) = match root.parse_kind(limits)? {
+        Kind::Manifest(manifest) => (root, manifest),
         Kind::Index(index) => {
+            let host = Platform::host();
             let descriptor = choose(source, &index.manifests, platform.unwrap_or(&host), limits).await?;
-            source.document(&descriptor).await?
+            let document = source.document(&descriptor).await?;
+            let manifest = document.manifest(limits)?;
+            (document, manifest)
         }
     };
-    let manifest = document.manifest(limits)?;
-    if !manifest.is_image() {
-        return Err(Error::Invalid {
-            what: format!("manifest {} of {}", document.digest, source.name()),
-            detail: format!("not an image but an artifact of type {:?}", manifest.effective_artifact_type()),
-        });
+    if manifest.is_image() {
+        return Ok((document, manifest));
     }
-    let config_document = source.document(&manifest.config).await?;
-    let config = config_document.image_config(limits)?;
-    config.check_layers(&manifest)?;
+    Err(Error::Invalid {
+        what: format!("manifest {} of {}", document.digest, source.name()),
+        detail: format!("not an image but an artifact of type {:?}", manifest.effective_artifact_type()),
+    })
+}
+
+async fn read_config(
+    source: &dyn ImageSource,
+    manifest: &Manifest,
+    platform: Option<&Platform>,
+    limits: &Limits,
+) -> Result<(Document, ImageConfig), Error> {
+    let document = source.document(&manifest.config).await?;
+    let config = document.image_config(limits)?;
+    config.check_layers(manifest)?;
     let found = config.platform();
     match platform {
-        Some(wanted) if !found.architecture.is_empty() && found.rank_on(wanted).is_none() => {
-            return Err(Error::NoPlatform {
-                wanted: wanted.to_string(),
-                place: source.name(),
-                available: found.normalized().to_string(),
-            });
-        }
-        _ => {}
+        Some(wanted) if !found.architecture.is_empty() && found.rank_on(wanted).is_none() => Err(Error::NoPlatform {
+            wanted: wanted.to_string(),
+            place: source.name(),
+            available: found.normalized().to_string(),
+        }),
+        _ => Ok((document, config)),
     }
-    Ok(ResolvedImage { document, manifest, config_document, config })
 }
 
 /// Finds the manifest for a machine in an index, through nested indexes.

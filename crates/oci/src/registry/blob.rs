@@ -1,0 +1,466 @@
+//! Reading blobs: whole, verified and resumed; and by ranges, exact or not at all.
+
+use std::ops::Range;
+
+use bytes::{Bytes, BytesMut};
+use futures_util::stream;
+use http::{Method, StatusCode, header};
+use loris_format::digest::{Digest, Hasher};
+use reqwest::Url;
+
+use super::{
+    Repository,
+    connections::Lane,
+    request::{BlobKey, Call},
+    retry::Attempts,
+    transport::Answer,
+};
+use crate::{
+    document::Descriptor,
+    place::{BlobStream, Error},
+};
+
+/// Where ranges are ignored, a range that ends before this many bytes is read all the same, from the blob's beginning.
+pub(super) const SHORT_PREFIX: u64 = 1 << 20;
+/// A resumed download counts as going on after so many bytes: its failures are forgotten. Bounds the number of
+/// connections that a server can make us open by sending one byte on each.
+const PROGRESS: u64 = 1 << 20;
+/// Memory that is taken for a range before its bytes arrive.
+const RANGE_CAPACITY: u64 = 4 << 20;
+
+impl Repository {
+    /// Returns a blob, from its first byte. Nothing is asked before the stream is polled; see
+    /// [`crate::ImageSource::blob`] for what it promises.
+    ///
+    /// A foreign layer that the registry does not have is read from where its descriptor says, without credentials.
+    #[must_use]
+    pub fn blob(&self, descriptor: &Descriptor) -> BlobStream {
+        let reading = Reading {
+            repository: self.clone(),
+            descriptor: descriptor.clone(),
+            hasher: Some(descriptor.digest.hasher()),
+            offset: 0,
+            discard: 0,
+            answer: None,
+            attempts: Attempts::new(self.client.config()),
+            failed_at: 0,
+            foreign: None,
+        };
+        Box::pin(stream::try_unfold(reading, |mut reading| async move {
+            Ok(reading.next().await?.map(|chunk| (chunk, reading)))
+        }))
+    }
+
+    /// Returns bytes of a blob, exactly `range.end - range.start` of them, not verified.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Unsupported`] where the registry ignores ranges and the range is not near the blob's beginning (no byte of
+    /// the body is read then); [`Error::Corrupt`] where the answer's range or length is another than was asked for.
+    pub async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
+        if range.start > range.end || range.end > descriptor.size {
+            let detail = format!("bytes {}..{} of {}", range.start, range.end, descriptor.size);
+            return Err(Error::Invalid { what: format!("a range of {}", descriptor.digest), detail });
+        }
+        if range.is_empty() {
+            return Ok(Bytes::new());
+        }
+        if self.host.ignores_ranges() && !is_readable_without_ranges(&range, descriptor.size) {
+            return Err(self.ignores_ranges());
+        }
+        let mut attempts = Attempts::new(self.client.config());
+        let mut got = Collected::new(range.end - range.start);
+        loop {
+            let wanted = range.start + got.length()..range.end;
+            let outcome = self.read_range(descriptor, wanted, &mut got, &mut attempts).await;
+            match outcome {
+                Ok(()) => return Ok(got.finish()),
+                Err(error) if error.is_transient() && attempts.pause(None).await => self.client.count_retry(),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    async fn read_range(
+        &self,
+        descriptor: &Descriptor,
+        wanted: Range<u64>,
+        got: &mut Collected,
+        attempts: &mut Attempts,
+    ) -> Result<(), Error> {
+        let mut answer = self.open(descriptor, &wanted, Lane::Short, attempts).await?;
+        let length = wanted.end - wanted.start;
+        let mut discard = match answer.status() {
+            StatusCode::PARTIAL_CONTENT => {
+                self.check_range(&answer, descriptor, &wanted)?;
+                0
+            }
+            _ => {
+                if wanted != (0..descriptor.size) {
+                    self.host.remember_ranges_ignored();
+                    if !is_readable_without_ranges(&wanted, descriptor.size) {
+                        return Err(self.ignores_ranges());
+                    }
+                }
+                self.check_length(&answer, descriptor, descriptor.size)?;
+                wanted.start
+            }
+        };
+        let whole_answer = answer.status() == StatusCode::PARTIAL_CONTENT;
+        let before = got.length();
+        while let Some(chunk) = answer.chunk().await? {
+            let chunk = discarded(chunk, &mut discard);
+            let missing = length - (got.length() - before);
+            if chunk.len() as u64 > missing {
+                if whole_answer {
+                    return Err(
+                        self.corrupt(descriptor, format!("more than the {length} bytes of the range were sent"))
+                    );
+                }
+                got.push(chunk.slice(..usize::try_from(missing).unwrap_or(usize::MAX)));
+                return Ok(());
+            }
+            got.push(chunk);
+            // Where the length was said, it is right: there is no need to wait for the body's end.
+            let complete = got.length() - before == length;
+            if complete && (!whole_answer || answer.length().is_some()) {
+                return Ok(());
+            }
+        }
+        let missing = length - (got.length() - before);
+        if missing > 0 {
+            return Err(truncated(&answer, missing));
+        }
+        Ok(())
+    }
+
+    /// Asks for a blob or a range of it. The answer is 200 or, only where a range was asked for, 206.
+    async fn open(
+        &self,
+        descriptor: &Descriptor,
+        wanted: &Range<u64>,
+        lane: Lane,
+        attempts: &mut Attempts,
+    ) -> Result<Answer, Error> {
+        let url = self.url(&format!("blobs/{}", descriptor.digest)).await?;
+        let mut call = Call::read(Method::GET, url, &self.name);
+        call.lane = lane;
+        call.blob = Some(BlobKey {
+            registry: self.host.name.clone(),
+            repository: self.name.clone(),
+            digest: descriptor.digest,
+        });
+        let is_range = *wanted != (0..descriptor.size);
+        if is_range {
+            call = call.header(header::RANGE, format!("bytes={}-{}", wanted.start, wanted.end - 1));
+        }
+        let answer = self.client.send(&self.host, &mut call, attempts).await?;
+        self.check_blob(answer, descriptor, is_range).await
+    }
+
+    /// Asks a foreign layer's own address, which is no registry's and is shown nothing.
+    async fn open_foreign(
+        &self,
+        descriptor: &Descriptor,
+        url: &Url,
+        wanted: &Range<u64>,
+        attempts: &mut Attempts,
+    ) -> Result<Answer, Error> {
+        let mut call = Call::read(Method::GET, url.clone(), "");
+        call.lane = Lane::Blob;
+        call.elsewhere = true;
+        let is_range = *wanted != (0..descriptor.size);
+        if is_range {
+            call = call.header(header::RANGE, format!("bytes={}-{}", wanted.start, wanted.end - 1));
+        }
+        let answer = self.client.send(&self.host, &mut call, attempts).await?;
+        self.check_blob(answer, descriptor, is_range).await
+    }
+
+    async fn check_blob(&self, mut answer: Answer, descriptor: &Descriptor, is_range: bool) -> Result<Answer, Error> {
+        match answer.status() {
+            StatusCode::OK => {}
+            StatusCode::PARTIAL_CONTENT if is_range => {}
+            StatusCode::NOT_FOUND => {
+                // Read, so that the connection can be used again.
+                let words = answer.words().await;
+                tracing::debug!(words, "no such blob");
+                return Err(self.not_found(format!("blob {}", descriptor.digest)));
+            }
+            StatusCode::RANGE_NOT_SATISFIABLE => {
+                let detail = format!("it is not as long as it should be ({} bytes)", descriptor.size);
+                return Err(self.corrupt(descriptor, detail));
+            }
+            _ => return Err(answer.into_error().await),
+        }
+        answer.check_encoding()?;
+        // A registry that names another digest of the same algorithm has another blob in mind.
+        let named = answer.header("docker-content-digest").and_then(|text| text.parse::<Digest>().ok());
+        if let Some(named) = named.filter(|named| named.algorithm() == descriptor.digest.algorithm())
+            && named != descriptor.digest
+        {
+            return Err(self.corrupt(descriptor, format!("the answer says that it is {named}")));
+        }
+        Ok(answer)
+    }
+
+    /// Checks `Content-Range` and `Content-Length` against what was asked for.
+    fn check_range(&self, answer: &Answer, descriptor: &Descriptor, wanted: &Range<u64>) -> Result<(), Error> {
+        let text = answer.header(header::CONTENT_RANGE).unwrap_or_default();
+        let Some((range, total)) = parse_content_range(text) else {
+            let text = super::error::printable(text);
+            return Err(answer.wrong(format!("206 with a Content-Range that means nothing ({text:?})")));
+        };
+        if range != *wanted || total.is_some_and(|total| total != descriptor.size) {
+            let Range { start, end } = wanted;
+            let expected = format!("bytes {start}-{}/{}", end - 1, descriptor.size);
+            return Err(self.corrupt(descriptor, format!("{expected} were asked for, {text} came")));
+        }
+        self.check_length(answer, descriptor, wanted.end - wanted.start)
+    }
+
+    fn check_length(&self, answer: &Answer, descriptor: &Descriptor, expected: u64) -> Result<(), Error> {
+        match answer.length() {
+            Some(length) if length != expected => {
+                Err(self.corrupt(descriptor, format!("the answer has {length} bytes instead of {expected}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn ignores_ranges(&self) -> Error {
+        let what = "range requests: it answers them with the whole blob".to_owned();
+        Error::Unsupported { what, place: self.place() }
+    }
+}
+
+fn is_readable_without_ranges(range: &Range<u64>, size: u64) -> bool {
+    range.end <= SHORT_PREFIX || *range == (0..size)
+}
+
+fn truncated(answer: &Answer, missing: u64) -> Error {
+    let detail = format!("the body ended {missing} bytes too early");
+    super::error::broken(&answer.method, &answer.url, detail)
+}
+
+/// Reads `bytes 0-99/1000`, as a range with an exclusive end, and the total where it is said.
+fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
+    let (range, total) = text.trim().strip_prefix("bytes ")?.split_once('/')?;
+    let (first, last) = range.split_once('-')?;
+    let (first, last): (u64, u64) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+    let total = match total.trim() {
+        "*" => None,
+        number => Some(number.parse().ok()?),
+    };
+    (first <= last).then_some((first..last.checked_add(1)?, total))
+}
+
+/// Takes bytes that are not wanted from the beginning of a chunk.
+fn discarded(chunk: Bytes, discard: &mut u64) -> Bytes {
+    let skipped = chunk.len().min(usize::try_from(*discard).unwrap_or(usize::MAX));
+    *discard -= skipped as u64;
+    chunk.slice(skipped..)
+}
+
+/// Chunks of a range. One that came in one piece is not copied.
+struct Collected {
+    first: Bytes,
+    rest: BytesMut,
+    expected: u64,
+}
+
+impl Collected {
+    fn new(expected: u64) -> Self {
+        Self { first: Bytes::new(), rest: BytesMut::new(), expected }
+    }
+
+    fn length(&self) -> u64 {
+        (self.first.len() + self.rest.len()) as u64
+    }
+
+    fn push(&mut self, chunk: Bytes) {
+        if self.length() == 0 {
+            self.first = chunk;
+            return;
+        }
+        if self.rest.is_empty() {
+            let capacity = usize::try_from(self.expected.min(RANGE_CAPACITY)).unwrap_or(0);
+            self.rest.reserve(capacity.max(self.first.len() + chunk.len()));
+            self.rest.extend_from_slice(&std::mem::take(&mut self.first));
+        }
+        self.rest.extend_from_slice(&chunk);
+    }
+
+    fn finish(self) -> Bytes {
+        if self.rest.is_empty() { self.first } else { self.rest.freeze() }
+    }
+}
+
+/// A whole blob that is being read.
+struct Reading {
+    repository: Repository,
+    descriptor: Descriptor,
+    /// Gone when all bytes have been hashed and found right.
+    hasher: Option<Hasher>,
+    offset: u64,
+    /// Bytes of the current answer that were read from an earlier one.
+    discard: u64,
+    answer: Option<Answer>,
+    attempts: Attempts,
+    /// The offset at the newest failure.
+    failed_at: u64,
+    /// The place of a foreign layer that is being read.
+    foreign: Option<Url>,
+}
+
+impl Reading {
+    async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        if self.hasher.is_none() {
+            return Ok(None);
+        }
+        if self.descriptor.size == 0 {
+            return self.check_digest().map(|()| None);
+        }
+        loop {
+            match self.step().await {
+                Ok(chunk) if chunk.is_empty() => {}
+                Ok(chunk) => return Ok(Some(chunk)),
+                Err(error) => {
+                    self.answer = None;
+                    if !error.is_transient() {
+                        return Err(error);
+                    }
+                    if self.offset - self.failed_at >= PROGRESS {
+                        self.attempts.progress();
+                    }
+                    self.failed_at = self.offset;
+                    if !self.attempts.pause(None).await {
+                        return Err(error);
+                    }
+                    tracing::debug!(digest = %self.descriptor.digest, offset = self.offset, %error, "a download is resumed");
+                    self.repository.client.count_retry();
+                }
+            }
+        }
+    }
+
+    /// Returns the next bytes, or none where the next step has to come first.
+    async fn step(&mut self) -> Result<Bytes, Error> {
+        let (size, offset) = (self.descriptor.size, self.offset);
+        let answer = match &mut self.answer {
+            Some(answer) => answer,
+            None => {
+                let answer = self.open().await?;
+                self.answer.insert(answer)
+            }
+        };
+        let Some(chunk) = answer.chunk().await? else { return Err(truncated(answer, size - offset)) };
+        let length_known = answer.length().is_some();
+        let chunk = discarded(chunk, &mut self.discard);
+        if chunk.len() as u64 > size - offset {
+            return Err(self.too_long());
+        }
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&chunk);
+        }
+        self.offset += chunk.len() as u64;
+        if self.offset == size {
+            // The last bytes are handed out only when all are known to be right.
+            self.check_digest()?;
+            if !length_known && let Some(answer) = &mut self.answer {
+                // A connection that breaks now has done its duty.
+                while let Ok(Some(more)) = answer.chunk().await {
+                    if !more.is_empty() {
+                        return Err(self.too_long());
+                    }
+                }
+            }
+            self.answer = None;
+        }
+        Ok(chunk)
+    }
+
+    async fn open(&mut self) -> Result<Answer, Error> {
+        let wanted = self.offset..self.descriptor.size;
+        let answer = match self.ask(&wanted).await {
+            Err(Error::NotFound { .. }) if self.foreign.is_none() => {
+                self.foreign = Some(self.foreign_place()?);
+                self.ask(&wanted).await?
+            }
+            other => other?,
+        };
+        self.discard = if answer.status() == StatusCode::PARTIAL_CONTENT {
+            self.repository.check_range(&answer, &self.descriptor, &wanted)?;
+            0
+        } else {
+            // Ranges are ignored here: what was read already comes once more.
+            self.repository.check_length(&answer, &self.descriptor, self.descriptor.size)?;
+            self.offset
+        };
+        Ok(answer)
+    }
+
+    async fn ask(&mut self, wanted: &Range<u64>) -> Result<Answer, Error> {
+        let Self { repository, descriptor, attempts, .. } = self;
+        match &self.foreign {
+            None => repository.open(descriptor, wanted, Lane::Blob, attempts).await,
+            Some(url) => repository.open_foreign(descriptor, url, wanted, attempts).await,
+        }
+    }
+
+    fn foreign_place(&self) -> Result<Url, Error> {
+        let urls = self.descriptor.urls.iter().filter_map(|url| url.parse::<Url>().ok());
+        let mut usable =
+            urls.filter(|url| url.scheme() == "https" && url.username().is_empty() && url.password().is_none());
+        usable.next().ok_or_else(|| self.repository.not_found(format!("blob {}", self.descriptor.digest)))
+    }
+
+    fn check_digest(&mut self) -> Result<(), Error> {
+        match self.hasher.take().map(Hasher::finish) {
+            Some(found) if found != self.descriptor.digest => {
+                Err(self.repository.corrupt(&self.descriptor, format!("its bytes have the digest {found}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn too_long(&self) -> Error {
+        self.repository.corrupt(&self.descriptor, format!("it has more than {} bytes", self.descriptor.size))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn content_ranges_are_read_strictly() {
+        for (text, expected) in [
+            ("bytes 0-99/1000", Some((0..100, Some(1000)))),
+            ("bytes 5-5/*", Some((5..6, None))),
+            ("bytes 0-18446744073709551614/*", Some((0..u64::MAX, None))),
+            ("bytes 0-18446744073709551615/*", None),
+            ("bytes 9-5/10", None),
+            ("bytes */10", None),
+            ("bytes 0-5", None),
+            ("items 0-5/10", None),
+            ("", None),
+        ] {
+            assert_eq!(parse_content_range(text), expected, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_range_in_one_piece_is_not_copied() {
+        let chunk = Bytes::from(vec![1; 100]);
+        let mut collected = Collected::new(100);
+        collected.push(chunk.clone());
+        assert_eq!(collected.finish().as_ptr(), chunk.as_ptr());
+        let mut collected = Collected::new(200);
+        for _ in 0..3 {
+            collected.push(chunk.clone());
+        }
+        assert_eq!(collected.length(), 300);
+        assert_eq!(collected.finish(), vec![1; 300]);
+    }
+}

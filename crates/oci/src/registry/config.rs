@@ -1,0 +1,81 @@
+//! What the command line and configuration files decide about registries.
+
+use std::{path::PathBuf, time::Duration};
+
+use loris_format::limits::Limits;
+
+use crate::auth;
+
+/// How registries are talked to. [`Config::default`] is right for registries on the Internet, with the credentials of
+/// the process's environment.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Plain HTTP for every registry (`--plain-http`).
+    pub plain_http: bool,
+    /// Whether certificates are verified (`--tls-verify`).
+    pub tls_verify: bool,
+    /// Registries (`HOST` or `HOST:PORT`) that may be spoken to without a verified certificate and, where they don't
+    /// speak TLS, in plain HTTP. As Docker's `insecure-registries`.
+    pub insecure: Vec<String>,
+    /// Certificate authorities to trust beside the system's (`--ca`): PEM files.
+    pub ca_files: Vec<PathBuf>,
+    /// A directory with authorities (`*.crt`) and a client certificate (`*.cert`, `*.key`) for every registry
+    /// (`--cert-dir`), instead of those of [`Config::cert_roots`].
+    pub cert_dir: Option<PathBuf>,
+    /// Directories with such a directory for each `HOST[:PORT]`; the first that has one for a host is used.
+    pub cert_roots: Vec<PathBuf>,
+    /// User name and password for every registry, instead of those in files (`--creds`).
+    pub credentials: Option<auth::Credentials>,
+    /// Where files of credentials are.
+    pub environment: auth::Environment,
+    /// Longest wait for a connection, TLS included.
+    pub connect_timeout: Duration,
+    /// Longest wait for the next byte, of an answer or of a body that is taken.
+    pub stall_timeout: Duration,
+    /// Longest wait for the answer to the end of an upload: registries hash or move the blob then.
+    pub commit_timeout: Duration,
+    /// Most requests to one host at once: so many short ones (documents, ranges), and so many whole blobs.
+    pub connections_per_host: usize,
+    /// How often a request is repeated after a failure that may pass.
+    pub retries: u32,
+    /// Wait before the first repetition; doubled each time, and shortened at random by up to a half.
+    pub retry_delay: Duration,
+    /// Longest wait between repetitions, also where `Retry-After` asks for more.
+    pub retry_delay_max: Duration,
+    /// Blobs of at least so many bytes are uploaded in chunks. Not all registries can take chunks, and each costs a round
+    /// trip, so that it pays only where much would have to be sent again.
+    pub chunked_from_bytes: u64,
+    /// Size of a chunk, in bytes. One is held in memory for each upload from a stream. The registry's
+    /// `OCI-Chunk-Min-Length` makes them larger.
+    pub chunk_bytes: u64,
+    /// Bounds on documents.
+    pub limits: Limits,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        let environment = auth::Environment::from_env();
+        let own = environment.config_directory().map(|directory| directory.join("containers/certs.d"));
+        let system = ["/etc/containers/certs.d", "/etc/docker/certs.d"].map(PathBuf::from);
+        Self {
+            plain_http: false,
+            tls_verify: true,
+            insecure: Vec::new(),
+            ca_files: Vec::new(),
+            cert_dir: None,
+            cert_roots: own.into_iter().chain(system).collect(),
+            credentials: None,
+            environment,
+            connect_timeout: Duration::from_secs(15),
+            stall_timeout: Duration::from_secs(30),
+            commit_timeout: Duration::from_secs(600),
+            connections_per_host: 8,
+            retries: 5,
+            retry_delay: Duration::from_millis(250),
+            retry_delay_max: Duration::from_secs(60),
+            chunked_from_bytes: 1 << 30,
+            chunk_bytes: 16 << 20,
+            limits: Limits::default(),
+        }
+    }
+}

@@ -1,0 +1,206 @@
+//! Connections to hosts: one HTTP client for each kind of trust, and a bound on what is asked of one host at once.
+//!
+//! Short requests (documents, ranges, steps of an upload) and whole blobs have a bound each, so that a read on demand does
+//! not wait behind downloads. A whole blob's place is taken until its stream ends, at the pace of who reads it; if all
+//! places are taken by streams that nobody reads on (a merge of many layers in lock step), one more is let through
+//! rather than waiting for ever.
+
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use super::{
+    Config,
+    location::{Origin, is_loopback, split_port},
+    tls::{self, Trust},
+};
+use crate::place::Error;
+
+/// Most hosts whose connections are kept; redirects to more of them make older ones be forgotten.
+const MAX_HOSTS: usize = 256;
+/// How long a whole blob waits while no other stream of the host moves.
+const NOBODY_MOVES: Duration = Duration::from_secs(5);
+
+/// Which bound a request falls under.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Ends by itself, soon.
+    Short,
+    /// A whole blob, in either direction.
+    Blob,
+}
+
+/// All hosts.
+#[derive(Default)]
+pub(super) struct Connections {
+    clients: Mutex<HashMap<Trust, reqwest::Client>>,
+    hosts: Mutex<HashMap<Origin, Arc<Connection>>>,
+}
+
+/// One host.
+pub(super) struct Connection {
+    pub(super) http: reqwest::Client,
+    short: Arc<Semaphore>,
+    blobs: Arc<Semaphore>,
+    moved: AtomicU64,
+}
+
+/// A request's place among those of its host, free again when dropped.
+pub(super) struct Place {
+    connection: Arc<Connection>,
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Connections {
+    /// Returns the connection to a host. Reads certificates from files the first time.
+    pub(super) fn to(&self, origin: &Origin, config: &Config) -> Result<Arc<Connection>, Error> {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = hosts.get(origin) {
+            return Ok(connection.clone());
+        }
+        let places = config.connections_per_host.max(1);
+        let connection = Arc::new(Connection {
+            http: self.client(origin, config)?,
+            short: Arc::new(Semaphore::new(places)),
+            blobs: Arc::new(Semaphore::new(places)),
+            moved: AtomicU64::new(0),
+        });
+        if hosts.len() >= MAX_HOSTS {
+            hosts.clear();
+        }
+        hosts.insert(origin.clone(), connection.clone());
+        Ok(connection)
+    }
+
+    fn client(&self, origin: &Origin, config: &Config) -> Result<reqwest::Client, Error> {
+        let plain = origin.is_plain();
+        let authority = origin.authority();
+        let trust = Trust {
+            verify: config.tls_verify && !is_insecure(config, &authority),
+            plain,
+            loopback: origin.is_loopback(),
+            directory: if plain { None } else { tls::certificates_of(config, &authority) },
+        };
+        let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(client) = clients.get(&trust) {
+            return Ok(client.clone());
+        }
+        let client = tls::build_client(config, &trust)?;
+        clients.insert(trust, client.clone());
+        Ok(client)
+    }
+}
+
+/// Says whether a registry is listed as insecure, by `HOST` for all its ports or by `HOST:PORT`.
+pub(super) fn is_insecure(config: &Config, authority: &str) -> bool {
+    let host = split_port(authority).0;
+    config.insecure.iter().any(|listed| listed.eq_ignore_ascii_case(authority) || listed.eq_ignore_ascii_case(host))
+}
+
+/// Says whether a registry may be spoken to in plain HTTP where it does not speak TLS.
+pub(super) fn may_be_plain(config: &Config, authority: &str) -> bool {
+    is_loopback(split_port(authority).0) || is_insecure(config, authority)
+}
+
+impl Connection {
+    /// Waits for a place.
+    pub(super) async fn place(self: &Arc<Self>, lane: Lane) -> Place {
+        let permit = match lane {
+            // The semaphore is never closed, so an error can't be; without a permit the bound would merely be looser.
+            Lane::Short => self.short.clone().acquire_owned().await.ok(),
+            Lane::Blob => self.blob_permit(NOBODY_MOVES).await,
+        };
+        Place { connection: self.clone(), _permit: permit }
+    }
+
+    async fn blob_permit(&self, patience: Duration) -> Option<OwnedSemaphorePermit> {
+        let mut before = self.moved.load(Ordering::Relaxed);
+        loop {
+            let waited = tokio::time::timeout(patience, self.blobs.clone().acquire_owned()).await;
+            if let Ok(permit) = waited {
+                return permit.ok();
+            }
+            let now = self.moved.load(Ordering::Relaxed);
+            if now == before {
+                tracing::debug!("more blobs are open than connections are allowed, and none is read on");
+                return None;
+            }
+            before = now;
+        }
+    }
+}
+
+impl Place {
+    /// Takes note that the request's body goes on.
+    pub(super) fn moved(&self) {
+        self.connection.moved.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn connection(places: usize) -> Arc<Connection> {
+        let config = Config { connections_per_host: places, ..Config::default() };
+        let origin = Origin::of(&"http://127.0.0.1:1/".parse().unwrap());
+        Connections::default().to(&origin, &config).unwrap()
+    }
+
+    #[tokio::test]
+    async fn the_lanes_do_not_block_each_other() {
+        let connection = connection(1);
+        let _blob = connection.place(Lane::Blob).await;
+        let _short = connection.place(Lane::Short).await;
+        assert_eq!(connection.short.available_permits(), 0);
+        assert_eq!(connection.blobs.available_permits(), 0);
+    }
+
+    #[tokio::test]
+    async fn a_place_is_free_again_when_dropped() {
+        let connection = connection(1);
+        drop(connection.place(Lane::Blob).await);
+        assert!(connection.blob_permit(Duration::from_secs(600)).await.is_some());
+    }
+
+    #[tokio::test]
+    async fn streams_that_nobody_reads_do_not_block_for_ever() {
+        let connection = connection(1);
+        let held = connection.place(Lane::Blob).await;
+        assert!(connection.blob_permit(Duration::from_millis(1)).await.is_none());
+        // While the holder moves, the wait goes on until the place is free.
+        let waiting = tokio::spawn({
+            let connection = connection.clone();
+            async move { connection.blob_permit(Duration::from_millis(50)).await.is_some() }
+        });
+        for _ in 0..30 {
+            held.moved();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        drop(held);
+        assert!(waiting.await.unwrap());
+    }
+
+    #[test]
+    fn insecure_registries_are_listed_by_host_or_port() {
+        let config = Config { insecure: vec!["a.example".into(), "b.example:5000".into()], ..Config::default() };
+        for (authority, expected) in [
+            ("a.example", true),
+            ("A.example:5000", true),
+            ("b.example:5000", true),
+            ("b.example", false),
+            ("c.example", false),
+        ] {
+            assert_eq!(is_insecure(&config, authority), expected, "{authority}");
+        }
+        assert!(may_be_plain(&config, "localhost:5000") && may_be_plain(&config, "a.example"));
+        assert!(!may_be_plain(&config, "c.example"));
+    }
+}

@@ -1,0 +1,205 @@
+//! What is known of one registry: its address, what it wants to be shown, the credentials and tokens for it, and what it
+//! can't do.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use http::HeaderValue;
+use reqwest::Url;
+use tokio::sync::{Mutex as AsyncMutex, OnceCell};
+
+use super::{
+    Client, challenge::Challenge, connections::may_be_plain, location::split_port, scope::Scopes, tls, token::Slot,
+};
+use crate::{
+    Reference,
+    auth::{self, Credentials},
+    place::Error,
+};
+
+/// How long credentials are used before files and helpers are asked again: helpers hand out some that expire.
+const CREDENTIALS_LIVE: Duration = Duration::from_secs(300);
+/// How long it is remembered that ranges are ignored; a proxy on the way may have been at fault.
+const RANGES_REMEMBERED: Duration = Duration::from_secs(300);
+/// Longest wait for the first byte of a server that may or may not speak TLS.
+const TLS_PROBE: Duration = Duration::from_secs(5);
+/// Most token slots that are kept, expired ones included.
+const MAX_SLOTS: usize = 4096;
+
+/// One registry.
+pub(super) struct Host {
+    /// The registry's name, by which credentials are kept: `docker.io`.
+    pub(super) name: String,
+    /// Host and port of its API.
+    api: String,
+    base: OnceCell<Url>,
+    state: Mutex<State>,
+    credentials: AsyncMutex<HashMap<String, (Instant, Option<Credentials>)>>,
+}
+
+#[derive(Default)]
+struct State {
+    challenge: Option<Challenge>,
+    slots: HashMap<Scopes, Arc<AsyncMutex<Slot>>>,
+    /// A newer identity token than the one in the files: token servers may replace it with each use.
+    identity: Option<String>,
+    ranges_ignored: Option<Instant>,
+}
+
+impl Host {
+    pub(super) fn new(reference: &Reference) -> Self {
+        Self {
+            name: reference.registry().to_owned(),
+            api: reference.api_host().to_owned(),
+            base: OnceCell::new(),
+            state: Mutex::default(),
+            credentials: AsyncMutex::default(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the address that paths are under: scheme, host and port. The first call may have to find out the scheme.
+    pub(super) async fn base(&self, client: &Client) -> Result<&Url, Error> {
+        self.base.get_or_try_init(|| self.find_base(client)).await
+    }
+
+    async fn find_base(&self, client: &Client) -> Result<Url, Error> {
+        let config = client.config();
+        let plain = if config.plain_http {
+            true
+        } else if may_be_plain(config, &self.api) {
+            let (host, port) = split_port(&self.api);
+            let patience = TLS_PROBE.min(config.connect_timeout);
+            match tls::speaks_tls(host, port.unwrap_or(443), patience).await {
+                Ok(tls) => !tls,
+                // With a port, the request itself will say what is wrong with it. Without one, port 80 may answer.
+                Err(_) => port.is_none(),
+            }
+        } else {
+            false
+        };
+        let scheme = if plain { "http" } else { "https" };
+        format!("{scheme}://{}/", self.api).parse().map_err(|_| Error::Invalid {
+            what: format!("registry {:?}", self.name),
+            detail: "it is not a host that an address can be made of".to_owned(),
+        })
+    }
+
+    /// Returns what the registry wants to be shown, where it has said so.
+    pub(super) fn challenge(&self) -> Option<Challenge> {
+        self.state().challenge.clone()
+    }
+
+    /// Returns the `Authorization` for a request; `None` where nothing is known to be wanted, or nothing is there to show.
+    pub(super) async fn authorization(
+        &self,
+        client: &Client,
+        repository: &str,
+        scopes: &Scopes,
+    ) -> Result<Option<HeaderValue>, Error> {
+        let Some(challenge) = self.challenge() else { return Ok(None) };
+        let credentials = self.credentials(client, repository).await?;
+        match (challenge, credentials) {
+            (_, Some(Credentials::Bearer(token))) => bearer(&token).map(Some).ok_or_else(|| self.odd_secret()),
+            (Challenge::Basic, Some(Credentials::Basic { username, password })) => {
+                basic(&username, &password).map(Some).ok_or_else(|| self.odd_secret())
+            }
+            // An identity token is of no use without a token server.
+            (Challenge::Basic, _) => Ok(None),
+            (Challenge::Bearer { realm, service, .. }, credentials) => {
+                let slot = self.slot(scopes);
+                super::token::token(client, self, &slot, (&realm, service.as_deref()), scopes, credentials.as_ref())
+                    .await
+                    .map(Some)
+            }
+        }
+    }
+
+    /// Takes note that a request with `shown` was answered 401: what was shown is not shown again.
+    pub(super) async fn refused(&self, challenge: Challenge, shown: Option<&HeaderValue>, scopes: &Scopes) {
+        self.credentials.lock().await.clear();
+        let slot = {
+            let mut state = self.state();
+            state.challenge = Some(challenge);
+            state.slots.get(scopes).cloned()
+        };
+        if let (Some(slot), Some(shown)) = (slot, shown) {
+            slot.lock().await.forget(shown);
+        }
+    }
+
+    fn slot(&self, scopes: &Scopes) -> Arc<AsyncMutex<Slot>> {
+        let mut state = self.state();
+        if state.slots.len() >= MAX_SLOTS && !state.slots.contains_key(scopes) {
+            // Those in use are held by who uses them.
+            state.slots.clear();
+        }
+        state.slots.entry(scopes.clone()).or_default().clone()
+    }
+
+    async fn credentials(&self, client: &Client, repository: &str) -> Result<Option<Credentials>, Error> {
+        let config = client.config();
+        if config.credentials.is_some() {
+            return Ok(config.credentials.clone());
+        }
+        // Held while a helper runs, so that it is asked once and not by every layer.
+        let mut known = self.credentials.lock().await;
+        if let Some((since, credentials)) = known.get(repository)
+            && since.elapsed() < CREDENTIALS_LIVE
+        {
+            return Ok(credentials.clone());
+        }
+        let found = auth::lookup(&config.environment, &self.name, repository).await?;
+        known.retain(|_, (since, _)| since.elapsed() < CREDENTIALS_LIVE);
+        known.insert(repository.to_owned(), (Instant::now(), found.clone()));
+        Ok(found)
+    }
+
+    /// Returns the newest identity token: the one from the files, or what a token server has replaced it with.
+    pub(super) fn newest_identity(&self, of_files: &str) -> String {
+        self.state().identity.clone().unwrap_or_else(|| of_files.to_owned())
+    }
+
+    /// Keeps what a token server has replaced the identity token with; `None` where that was refused.
+    pub(super) fn replace_identity(&self, token: Option<String>) {
+        self.state().identity = token;
+    }
+
+    /// Says whether ranges were ignored not long ago.
+    pub(super) fn ignores_ranges(&self) -> bool {
+        self.state().ranges_ignored.is_some_and(|since| since.elapsed() < RANGES_REMEMBERED)
+    }
+
+    /// Remembers that ranges are ignored.
+    pub(super) fn remember_ranges_ignored(&self) {
+        self.state().ranges_ignored = Some(Instant::now());
+    }
+
+    fn odd_secret(&self) -> Error {
+        let detail = "they have characters that can't be sent in a header".to_owned();
+        Error::Invalid { what: format!("the credentials for {}", self.name), detail }
+    }
+}
+
+/// Returns `Basic ...`, marked so that no log shows it.
+pub(super) fn basic(username: &str, password: &str) -> Option<HeaderValue> {
+    sensitive(&format!("Basic {}", BASE64_STANDARD.encode(format!("{username}:{password}"))))
+}
+
+/// Returns `Bearer ...`, marked so that no log shows it.
+pub(super) fn bearer(token: &str) -> Option<HeaderValue> {
+    sensitive(&format!("Bearer {token}"))
+}
+
+fn sensitive(text: &str) -> Option<HeaderValue> {
+    let mut value = HeaderValue::from_str(text).ok()?;
+    value.set_sensitive(true);
+    Some(value)
+}

@@ -28,6 +28,7 @@ use crate::{
     layout::{LayoutSink, LayoutSource},
     place::{Error, ImageSink, ImageSource},
     reference::Reference,
+    registry::Client,
 };
 
 /// Transports that other tools have and Loris has not, and what can be done instead.
@@ -256,18 +257,21 @@ fn docker_name(name: &str) -> Result<String, String> {
 }
 
 /// What is needed to open any place.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct OpenOptions {
+    /// The client of registries; clones share its connections and tokens.
+    pub registry: Client,
     /// Where standard input and compressed archives are unpacked to; the files have no name there.
     pub temp_dir: PathBuf,
     /// Bounds on documents and archives.
     pub limits: Limits,
 }
 
-impl Default for OpenOptions {
-    /// The system's directory for temporary files, and the usual limits.
-    fn default() -> Self {
-        Self { temp_dir: std::env::temp_dir(), limits: Limits::default() }
+impl OpenOptions {
+    /// Returns options with the system's directory for temporary files and the usual limits.
+    #[must_use]
+    pub fn new(registry: Client) -> Self {
+        Self { registry, temp_dir: std::env::temp_dir(), limits: Limits::default() }
     }
 }
 
@@ -277,7 +281,7 @@ impl Default for OpenOptions {
 /// Where there is no such place, or no such image in it, or where it is damaged. A registry is not asked anything yet.
 pub async fn open_source(name: &ImageName, options: &OpenOptions) -> Result<Arc<dyn ImageSource>, Error> {
     match name {
-        ImageName::Registry(reference) => Err(not_connected(reference)),
+        ImageName::Registry(reference) => Ok(Arc::new(options.registry.source(reference))),
         ImageName::Layout { path, selector } => {
             Ok(Arc::new(LayoutSource::open(path, selector, &options.limits).await?))
         }
@@ -301,7 +305,7 @@ pub async fn open_sink(name: &ImageName, options: &OpenOptions) -> Result<Arc<dy
         place: path.display().to_string(),
     };
     match name {
-        ImageName::Registry(reference) => Err(not_connected(reference)),
+        ImageName::Registry(reference) => Ok(Arc::new(options.registry.sink(reference))),
         ImageName::Layout { path, selector }
         | ImageName::OciArchive { path, selector }
         | ImageName::DockerArchive { path, selector }
@@ -317,12 +321,5 @@ pub async fn open_sink(name: &ImageName, options: &OpenOptions) -> Result<Arc<dy
             Ok(Arc::new(DockerArchiveSink::create(path, selector, &options.temp_dir, &options.limits).await?))
         }
         ImageName::Standard => Ok(Arc::new(ArchiveSink::standard_output(&options.temp_dir).await?)),
-    }
-}
-
-fn not_connected(reference: &Reference) -> Error {
-    Error::Unsupported {
-        what: "being opened by name; use the registry's client".to_owned(),
-        place: reference.to_string(),
     }
 }

@@ -29,7 +29,7 @@
 //!
 //! What this module must not know: compression, whiteouts, eStargz. A name is bytes here, never text.
 
-use crate::index::Timestamp;
+use crate::index::{Timestamp, Xattrs};
 
 mod header;
 pub mod path;
@@ -74,7 +74,7 @@ pub struct Entry {
     /// Major and minor number of a device; zeros for all others.
     pub device: (u32, u32),
     /// Extended attributes, sorted by name, each name once.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Xattrs,
     /// Whether the archive leaves out holes of the content. [`Content`] fills them in.
     pub sparse: bool,
     /// Where the entry's own header begins (not those of metadata before it), in the uncompressed archive.

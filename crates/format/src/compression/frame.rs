@@ -1,10 +1,9 @@
 //! Decodes one frame that is in memory: the beginning of it that is needed, and no more.
 
-use flate2::{FlushDecompress, Status};
 use libdeflater::Decompressor;
 use zstd_safe::{DCtx, InBuffer, OutBuffer};
 
-use super::{Error, gzip, stream, zstd};
+use super::{Error, gzip, zstd};
 use crate::{index::Codec, limits::Limits};
 
 /// Decodes frames, one after another, with one working memory.
@@ -118,56 +117,39 @@ impl std::fmt::Debug for FrameDecoder {
 ///
 /// # Errors
 /// As [`FrameDecoder::decode`].
-pub fn decode_frame(
-    codec: Codec,
-    compressed: &[u8],
-    decoded_length: u64,
-    limits: &Limits,
-) -> Result<Vec<u8>, Error> {
+pub fn decode_frame(codec: Codec, compressed: &[u8], decoded_length: u64, limits: &Limits) -> Result<Vec<u8>, Error> {
     FrameDecoder::new().decode(codec, compressed, decoded_length, limits)
 }
 
 fn gzip_prefix(compressed: &[u8], length: usize) -> Result<Vec<u8>, Error> {
     let mut decoded = vec![0; length];
-    let mut inflate = stream::inflate();
+    let mut inflate = gzip::Inflate::new();
     let (mut source, mut filled) = (0, 0);
     while filled < length {
         let rest = &compressed[source..];
         if rest.is_empty() {
             return Err(Error::Truncated { compression: "gzip", offset: source as u64 });
         }
-        let (before_in, before_out) = (inflate.total_in(), inflate.total_out());
-        let found = inflate.decompress(rest, &mut decoded[filled..], FlushDecompress::None);
-        // Both are bounded by the lengths of the buffers.
-        let consumed = (inflate.total_in() - before_in) as usize;
-        let produced = (inflate.total_out() - before_out) as usize;
+        let gzip::Step { consumed, produced, ended } = inflate.step(rest, &mut decoded[filled..]);
         source += consumed;
         filled += produced;
-        let offset = source as u64;
-        let corrupt = |problem| Error::Corrupt { compression: "gzip", offset, problem };
-        match found {
-            Err(error) => return Err(corrupt(stream::problem(&error))),
-            Ok(Status::StreamEnd) if filled < length => {
-                if source == compressed.len() {
-                    break;
-                }
-                if !compressed[source..].starts_with(&gzip::MAGIC) {
-                    // Zeros, as after a stream, or something else: in a frame neither holds content.
-                    break;
-                }
-                inflate.reset(true);
+        let corrupt = |problem| Error::Corrupt { compression: "gzip", offset: source as u64, problem };
+        if ended.map_err(corrupt)? {
+            // Behind a member: nothing, zeros as after a stream, or something else. Only a member holds content.
+            if !compressed[source..].starts_with(&gzip::MAGIC) {
+                break;
             }
-            Ok(Status::StreamEnd) => {}
-            Ok(_) if consumed == 0 && produced == 0 => return Err(corrupt("decoder makes no progress")),
-            Ok(_) => {}
+            inflate.reset();
         }
     }
     enough(decoded, length, filled)
 }
 
-fn enough(decoded: Vec<u8>, expected: usize, found: usize) -> Result<Vec<u8>, Error> {
+fn enough(mut decoded: Vec<u8>, expected: usize, found: usize) -> Result<Vec<u8>, Error> {
     if found < expected {
         return Err(Error::Short { expected: expected as u64, found: found as u64 });
     }
+    // A vector may have more room than was asked for, and zstd fills what there is.
+    decoded.truncate(expected);
     Ok(decoded)
 }

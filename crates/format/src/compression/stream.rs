@@ -2,7 +2,6 @@
 
 use std::io::{self, BufRead, BufReader, Read};
 
-use flate2::{Decompress, FlushDecompress, Status};
 use zstd_safe::{DCtx, InBuffer, OutBuffer};
 
 use super::{Compression, Error, gzip, zstd};
@@ -46,7 +45,7 @@ impl<R: Read> Decoder<R> {
     fn over(input: Input<R>, compression: Compression) -> Self {
         let state = match compression {
             Compression::None => State::Stored,
-            Compression::Gzip => State::Gzip(Gzip { inflate: inflate(), in_member: false, members: 0 }),
+            Compression::Gzip => State::Gzip(Gzip { inflate: gzip::Inflate::new(), in_member: false, members: 0 }),
             Compression::Zstd => State::Zstd(Zstd { context: zstd::decoder(), in_frame: false }),
         };
         Self { inner: BufReader::with_capacity(OUTPUT_BYTES, Raw { input, state, compression }) }
@@ -99,7 +98,7 @@ enum State {
 }
 
 struct Gzip {
-    inflate: Decompress,
+    inflate: gzip::Inflate,
     in_member: bool,
     members: u64,
 }
@@ -142,24 +141,11 @@ impl Gzip {
             if input.bytes().is_empty() && !input.fill()? {
                 return Err(Error::Truncated { compression: "gzip", offset: input.position });
             }
-            let (before_in, before_out) = (self.inflate.total_in(), self.inflate.total_out());
-            let found = self.inflate.decompress(input.bytes(), buffer, FlushDecompress::None);
-            // Both are bounded by the lengths of the buffers.
-            let consumed = (self.inflate.total_in() - before_in) as usize;
-            let produced = (self.inflate.total_out() - before_out) as usize;
+            let gzip::Step { consumed, produced, ended } = self.inflate.step(input.bytes(), buffer);
             input.consume(consumed);
-            let problem = match found {
-                Ok(Status::StreamEnd) => {
-                    self.in_member = false;
-                    None
-                }
-                Ok(_) if consumed == 0 && produced == 0 => Some("decoder makes no progress"),
-                Ok(_) => None,
-                Err(error) => Some(problem(&error)),
-            };
-            if let Some(problem) = problem {
-                return Err(Error::Corrupt { compression: "gzip", offset: input.position, problem });
-            }
+            let ended =
+                ended.map_err(|problem| Error::Corrupt { compression: "gzip", offset: input.position, problem })?;
+            self.in_member = !ended;
             if produced > 0 {
                 return Ok(produced);
             }
@@ -172,7 +158,7 @@ impl Gzip {
         let start = input.bytes();
         if start.starts_with(&gzip::MAGIC) || self.members == 0 && !start.is_empty() {
             if self.members > 0 {
-                self.inflate.reset(true);
+                self.inflate.reset();
             }
             self.members += 1;
             self.in_member = true;
@@ -232,24 +218,17 @@ impl Zstd {
             if produced > 0 {
                 return Ok(produced);
             }
-            // Asked without input, the context may still have output from before; so the end is only here.
-            if consumed == 0 && self.in_frame && !input.fill()? {
-                return Err(Error::Truncated { compression: "zstd", offset: input.position });
+            // Asked without input, the context may still have output from before; so more is only read here.
+            if consumed == 0 && self.in_frame {
+                let (compression, offset) = ("zstd", input.position);
+                if !input.bytes().is_empty() {
+                    return Err(Error::Corrupt { compression, offset, problem: "decoder makes no progress" });
+                }
+                if !input.fill()? {
+                    return Err(Error::Truncated { compression, offset });
+                }
             }
         }
-    }
-}
-
-pub(super) fn inflate() -> Decompress {
-    /// The largest window of deflate: 2^15 bytes.
-    const WINDOW_BITS: u8 = 15;
-    Decompress::new_gzip(WINDOW_BITS)
-}
-
-pub(super) fn problem(error: &flate2::DecompressError) -> &'static str {
-    match error.needs_dictionary() {
-        Some(_) => "needs a dictionary",
-        None => "invalid deflate data, header or checksum",
     }
 }
 

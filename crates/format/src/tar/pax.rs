@@ -9,7 +9,10 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 
 use super::{Error, sparse::Segment};
-use crate::{index::Timestamp, limits::Limits};
+use crate::{
+    index::{Timestamp, Xattrs},
+    limits::Limits,
+};
 
 /// Keyword of an extended attribute's raw value, as star and GNU tar write it; its name follows.
 pub(super) const XATTR: &[u8] = b"SCHILY.xattr.";
@@ -94,7 +97,7 @@ impl Records {
     }
 
     /// Returns the extended attributes, sorted by name.
-    pub fn into_xattrs(self) -> Vec<(Box<[u8]>, Box<[u8]>)> {
+    pub fn into_xattrs(self) -> Xattrs {
         self.xattrs.into_iter().map(|(name, xattr)| (name, xattr.value)).collect()
     }
 
@@ -458,8 +461,8 @@ mod tests {
         records.extend(record(b"LIBARCHIVE.xattr.user.a", b"c2Vjb25k"));
         records.extend(record(b"SCHILY.xattr.user.a", b"first=\n\0"));
         records.extend(record(b"LIBARCHIVE.xattr.user.a", b"c2Vjb25k"));
-        let expected: [(Box<[u8]>, Box<[u8]>); 2] =
-            [(b"user.a"[..].into(), b"first=\n\0"[..].into()), (b"user.b=c"[..].into(), b"b"[..].into())];
+        let expected: Xattrs =
+            vec![(b"user.a"[..].into(), b"first=\n\0"[..].into()), (b"user.b=c"[..].into(), b"b"[..].into())];
         assert_eq!(apply(&records, Scope::Local).unwrap().into_xattrs(), expected);
 
         let name = b"SCHILY.xattr.user.a";

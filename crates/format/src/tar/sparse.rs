@@ -187,7 +187,8 @@ mod tests {
 
     #[test]
     fn maps_are_checked() {
-        let cases: &[(&[(u64, u64)], u64, Result<u64, &str>)] = &[
+        type Case<'a> = (&'a [(u64, u64)], u64, Result<u64, &'a str>);
+        let cases: &[Case<'_>] = &[
             (&[], 0, Ok(0)),
             (&[], 10, Ok(0)),
             (&[(0, 10)], 10, Ok(10)),

@@ -1,0 +1,260 @@
+//! One request's way: fetch, decode, verify, write, publish.
+//!
+//! A *flight* is a frame on its way. Each frame has at most one; whoever wants the frame waits for it. The task that
+//! brings it holds the *ticket*, and belongs to the layer: it ends whether or not someone still waits.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::Bytes;
+use loris_format::{
+    compression::FrameDecoder,
+    index::{Frame, FrameId},
+    position::BlobRange,
+};
+use tokio::sync::watch;
+
+use crate::{
+    error::{EnsureError, path_of},
+    layer::{Counters, LazyLayer},
+    plan::fetched_range,
+};
+
+/// What became of a frame.
+pub(crate) type Outcome = Result<Arc<Landed>, EnsureError>;
+
+/// A frame that was fetched and decoded. Its extents are published but for those that are refused.
+#[derive(Debug)]
+pub(crate) struct Landed {
+    pub(crate) refused: Vec<Refusal>,
+}
+
+/// An extent that is not what it should be.
+#[derive(Debug)]
+pub(crate) struct Refusal {
+    pub(crate) extent: usize,
+    pub(crate) error: EnsureError,
+}
+
+/// The waiting end of a frame on its way.
+#[derive(Clone, Debug)]
+pub(crate) struct Flight(watch::Receiver<Option<Outcome>>);
+
+/// The bringing end of a frame on its way.
+pub(crate) struct Ticket {
+    frame: FrameId,
+    outcome: watch::Sender<Option<Outcome>>,
+}
+
+impl Flight {
+    pub(crate) fn new(frame: FrameId) -> (Ticket, Self) {
+        let (outcome, flight) = watch::channel(None);
+        (Ticket { frame, outcome }, Self(flight))
+    }
+
+    /// Waits for the frame; `None` where whoever brings it has given up.
+    pub(crate) async fn landing(mut self) -> Option<Outcome> {
+        self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
+    }
+}
+
+/// The frames of one request. Dropped at whatever point, it leaves no flight behind that nobody brings.
+pub(crate) struct Flights {
+    layer: Arc<LazyLayer>,
+    /// In the order of the blob.
+    tickets: VecDeque<Ticket>,
+}
+
+impl Flights {
+    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>) -> Self {
+        Self { layer, tickets }
+    }
+
+    /// Brings all frames, which lie in `range`.
+    pub(crate) async fn run(mut self, range: BlobRange) {
+        let layer = Arc::clone(&self.layer);
+        let place = layer.gates.request().await;
+        // Frames are decoded one after the other: what is held is the request and the largest of them.
+        let frames = layer.index.frames();
+        let decoded = self.tickets.iter().map(|ticket| frames[ticket.frame.0 as usize].decoded_length).max();
+        let memory = layer.gates.memory(range.length.saturating_add(decoded.unwrap_or(0))).await;
+        match layer.fetch(range).await {
+            Ok(bytes) => {
+                let decoding = layer.gates.decoder().await;
+                let landing = tokio::task::spawn_blocking(move || {
+                    self.land(range, &bytes);
+                    drop(decoding);
+                });
+                // It fails where decoding panics or the runtime ends; the waiters were told by `drop`.
+                let _ = landing.await;
+            }
+            Err(error) => self.fail(&error),
+        }
+        drop((place, memory));
+        if layer.cache.take_sync_wanted()
+            && let Err(error) = layer.sync().await
+        {
+            tracing::warn!(%error, "what was fetched could not be made durable; it will be fetched again");
+        }
+    }
+
+    fn land(&mut self, range: BlobRange, bytes: &Bytes) {
+        let mut decoder = FrameDecoder::new();
+        while let Some(ticket) = self.tickets.front() {
+            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes);
+            if let Err(error) = &outcome {
+                Counters::add(&self.layer.counters.errors, 1);
+                tracing::error!(%error, "fetched and not kept");
+            }
+            self.arrive(outcome);
+        }
+    }
+
+    fn fail(&mut self, error: &EnsureError) {
+        Counters::add(&self.layer.counters.errors, 1);
+        tracing::debug!(%error, "fetch failed");
+        while !self.tickets.is_empty() {
+            self.arrive(Err(error.clone()));
+        }
+    }
+
+    /// Ends the first flight. What it brought is published; now nobody new may wait for it, and then who waits is told.
+    fn arrive(&mut self, outcome: Outcome) {
+        if let Some(ticket) = self.tickets.pop_front() {
+            self.layer.flights().remove(&ticket.frame);
+            ticket.outcome.send_replace(Some(outcome));
+        }
+    }
+}
+
+impl Drop for Flights {
+    fn drop(&mut self) {
+        let mut flights = self.layer.flights();
+        for ticket in &self.tickets {
+            flights.remove(&ticket.frame);
+        }
+        // The tickets go next, which wakes those who wait.
+    }
+}
+
+impl LazyLayer {
+    async fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
+        Counters::add(&self.counters.requests, 1);
+        let bytes = self
+            .source
+            .blob_range(&self.descriptor, range.start.0..range.end().0)
+            .await
+            .map_err(|source| EnsureError::Fetch { layer: self.digest, range, source: Arc::new(source) })?;
+        Counters::add(&self.counters.fetched_bytes, bytes.len() as u64);
+        if bytes.len() as u64 != range.length {
+            return Err(EnsureError::WrongLength { layer: self.digest, range, found: bytes.len() as u64 });
+        }
+        Ok(bytes)
+    }
+
+    /// Decodes a frame out of the bytes of a request, and publishes what is right of it. Blocks.
+    fn land(&self, decoder: &mut FrameDecoder, id: FrameId, request: BlobRange, bytes: &[u8]) -> Outcome {
+        let frame = &self.index.frames()[id.0 as usize];
+        let range = fetched_range(frame);
+        let inside = usize::try_from(range.start.0 - request.start.0).ok().and_then(|start| {
+            let length = usize::try_from(range.length).ok()?;
+            bytes.get(start..start.checked_add(length)?)
+        });
+        let Some(compressed) = inside else {
+            // The plan puts frames into requests that hold them.
+            return Err(EnsureError::WrongLength { layer: self.digest, range, found: bytes.len() as u64 });
+        };
+        let (decoded, fault) = self.decode(decoder, id, frame, compressed);
+        Counters::add(&self.counters.decoded_bytes, decoded.len() as u64);
+
+        self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
+        let mut right = Vec::new();
+        let mut right_bytes = 0;
+        let mut refused = Vec::new();
+        for &number in self.index.extents_of(id) {
+            let number = number as usize;
+            if self.cache.filled().contains(number) {
+                continue;
+            }
+            let extent = self.extent(number);
+            let content = usize::try_from(extent.frame_offset).ok().and_then(|start| {
+                let length = usize::try_from(extent.length).ok()?;
+                decoded.get(start..start.checked_add(length)?)
+            });
+            match content {
+                Some(content) if extent.digest.is_none_or(|digest| digest.matches(content)) => {
+                    self.cache.write(extent.data, content).map_err(|error| self.file_error(error))?;
+                    right.push(number);
+                    right_bytes += extent.length;
+                }
+                Some(_) => refused.push(self.mismatch(number)),
+                None => refused.push(self.undecoded(number, frame, fault.as_deref())),
+            }
+        }
+        self.cache.publish(right, right_bytes).map_err(|error| self.file_error(error))?;
+        for refusal in &refused {
+            Counters::add(&self.counters.errors, 1);
+            tracing::error!(error = %refusal.error, "refused");
+        }
+        Ok(Arc::new(Landed { refused }))
+    }
+
+    /// Decodes a frame, or as much of it as is sound: what comes before a fault is as good as ever, and is verified by
+    /// extent anyway. Returns the fault with it.
+    fn decode(
+        &self,
+        decoder: &mut FrameDecoder,
+        id: FrameId,
+        frame: &Frame,
+        compressed: &[u8],
+    ) -> (Vec<u8>, Option<String>) {
+        let mut decode = |length| decoder.decode(frame.codec, compressed, length, &self.limits);
+        let fault = match decode(frame.decoded_length) {
+            Ok(decoded) => return (decoded, None),
+            Err(error) => error.to_string(),
+        };
+        let mut ends: Vec<u64> = self
+            .index
+            .extents_of(id)
+            .iter()
+            .map(|&number| self.extent(number as usize))
+            .map(|extent| extent.frame_offset.saturating_add(extent.length))
+            .filter(|&end| end < frame.decoded_length)
+            .collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let mut sound = Vec::new();
+        let _ = ends.partition_point(|&end| match decode(end) {
+            Ok(decoded) => {
+                sound = decoded;
+                true
+            }
+            Err(_) => false,
+        });
+        (sound, Some(fault))
+    }
+
+    fn mismatch(&self, number: usize) -> Refusal {
+        let extent = self.extent(number);
+        let error = EnsureError::Mismatch {
+            layer: self.digest,
+            path: path_of(&self.index, extent.node),
+            offset: extent.file_offset,
+            length: extent.length,
+            // Only an extent that has a digest can fail to match it.
+            expected: extent.digest.unwrap_or(self.digest),
+        };
+        Refusal { extent: number, error }
+    }
+
+    fn undecoded(&self, number: usize, frame: &Frame, fault: Option<&str>) -> Refusal {
+        let extent = self.extent(number);
+        let error = EnsureError::Decode {
+            layer: self.digest,
+            path: path_of(&self.index, extent.node),
+            offset: extent.file_offset,
+            range: frame.range,
+            detail: fault.unwrap_or("it is shorter than the index says").to_owned(),
+        };
+        Refusal { extent: number, error }
+    }
+}

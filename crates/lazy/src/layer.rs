@@ -1,0 +1,360 @@
+//! A layer that is read before it is here.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    fs::File,
+    io,
+    os::unix::fs::FileExt as _,
+    path::Path,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use loris_format::{
+    digest::Digest,
+    estargz::open::Opened,
+    index::{Extent, FrameId, LayerIndex, NodeId, NodeKind},
+    limits::Limits,
+    position::{DataOffset, DataRange, FileOffset},
+};
+use loris_oci::{Descriptor, ImageSource};
+
+use crate::{
+    cache::LayerCache,
+    error::{EnsureError, ReadError, path_of},
+    fetch::{Flight, Flights, Landed},
+    gates::Gates,
+    plan::{FetchPolicy, fetched_range, plan},
+};
+
+/// A layer: its index, where its blob is, and the local data file that holds what was needed so far.
+///
+/// Used behind an [`Arc`]: a fetch belongs to the layer and not to who asked for it, and lives on where that one goes
+/// away. All methods may be called from any number of threads.
+///
+/// In memory it holds the index and two bits for each extent.
+pub struct LazyLayer {
+    pub(crate) digest: Digest,
+    pub(crate) descriptor: Descriptor,
+    pub(crate) index: LayerIndex,
+    pub(crate) opened: Opened,
+    pub(crate) vouched: bool,
+    pub(crate) cache: Arc<LayerCache>,
+    pub(crate) source: Arc<dyn ImageSource>,
+    pub(crate) gates: Arc<Gates>,
+    pub(crate) policy: FetchPolicy,
+    pub(crate) limits: Limits,
+    pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
+    pub(crate) counters: Counters,
+}
+
+/// What a layer did since it was opened, and what it has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LayerStatistics {
+    /// Compressed bytes that came from the source, those of the table of contents included.
+    pub fetched_bytes: u64,
+    /// Requests to the source, failed ones included.
+    pub requests: u64,
+    /// Bytes that frames decoded to.
+    pub decoded_bytes: u64,
+    /// Extents that are in the data file, also from earlier.
+    pub extents_filled: u64,
+    /// Extents of the layer.
+    pub extents_total: u64,
+    /// Calls of [`LazyLayer::ensure`] that had to wait for a fetch.
+    pub waits: u64,
+    /// Fetches, frames and extents that failed.
+    pub errors: u64,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) fetched_bytes: AtomicU64,
+    pub(crate) requests: AtomicU64,
+    pub(crate) decoded_bytes: AtomicU64,
+    pub(crate) waits: AtomicU64,
+    pub(crate) errors: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn add(counter: &AtomicU64, amount: u64) {
+        counter.fetch_add(amount, Ordering::Relaxed);
+    }
+}
+
+impl LazyLayer {
+    /// Returns what the layer holds.
+    #[must_use]
+    pub fn index(&self) -> &LayerIndex {
+        &self.index
+    }
+
+    /// Returns the digest of the compressed blob.
+    #[must_use]
+    pub fn digest(&self) -> &Digest {
+        &self.digest
+    }
+
+    /// Returns the layer's descriptor in the manifest that it was opened from.
+    #[must_use]
+    pub fn descriptor(&self) -> &Descriptor {
+        &self.descriptor
+    }
+
+    /// Returns what was learnt of the layer's table of contents.
+    #[must_use]
+    pub fn opened(&self) -> &Opened {
+        &self.opened
+    }
+
+    /// Says whether a chain of digests leads from the manifest to every byte.
+    #[must_use]
+    pub fn is_vouched(&self) -> bool {
+        self.vouched
+    }
+
+    /// Returns the layer's directory in the store: the data file is `data` in it. An absolute path.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.cache.directory()
+    }
+
+    /// Returns the data file: [`LayerIndex::data_length`] bytes, sparse, open for reading and writing. Only what is
+    /// [filled](LazyLayer::is_filled) may be read from it.
+    #[must_use]
+    pub fn data_file(&self) -> &File {
+        self.cache.data()
+    }
+
+    /// Says whether a range of the data file is there. Takes no lock. Padding between files is always there.
+    #[must_use]
+    pub fn is_filled(&self, range: &DataRange) -> bool {
+        self.cache.filled().contains_all(self.index.extents_in(range))
+    }
+
+    /// Says whether everything is there: the source is not needed any more.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.cache.filled().count() == self.index.extents().len()
+    }
+
+    /// Fills a range of the data file: fetches what is missing, decodes and verifies it, writes it, publishes it. When it
+    /// returns without an error, the range is filled and right.
+    ///
+    /// Frames that are on their way already are waited for, not fetched again. Dropping the future abandons the wait and
+    /// not the fetch.
+    ///
+    /// # Errors
+    /// Where an extent in the range can't be had. Others in the range may have been filled. Nothing is remembered of a
+    /// failure: the next call tries again.
+    ///
+    /// # Panics
+    /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
+    pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
+        let extents = self.index.extents_in(&range);
+        if self.cache.filled().contains_all(extents.clone()) {
+            return Ok(());
+        }
+        let missing = || extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
+        // Another process may have fetched it.
+        self.cache.filled().refresh(missing()).map_err(|error| self.file_error(error))?;
+        let mut frames: Vec<FrameId> = missing().map(|extent| self.extent(extent).frame).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        if frames.is_empty() {
+            return Ok(());
+        }
+        Counters::add(&self.counters.waits, 1);
+        for flight in self.take_off(&frames, &self.policy)? {
+            let landed = self.landing(flight).await?;
+            if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
+                return Err(refusal.error.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads from the data file, and returns the number of bytes, which is less than asked for only where the file ends.
+    /// Blocks for the disk. The range must have been [ensured](LazyLayer::ensure): elsewhere there are zeros.
+    ///
+    /// # Errors
+    /// As `pread(2)`.
+    pub fn read_filled(&self, at: DataOffset, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut length = 0;
+        while length < buffer.len() {
+            match self.data_file().read_at(&mut buffer[length..], at.0.saturating_add(length as u64)) {
+                Ok(0) => break,
+                Ok(count) => length += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(length)
+    }
+
+    /// Reads from a regular file of the layer, filling what is missing, and returns the number of bytes: as many as the
+    /// buffer takes, less only at the file's end.
+    ///
+    /// # Errors
+    /// Where the node is no regular file, or its bytes can't be had.
+    ///
+    /// # Panics
+    /// Where `node` is not of this layer's index; where it is polled outside of a Tokio runtime.
+    pub async fn read(self: &Arc<Self>, node: NodeId, at: FileOffset, buffer: &mut [u8]) -> Result<usize, ReadError> {
+        let NodeKind::Regular(content) = &self.index.node(node).kind else {
+            return Err(ReadError::NotRegular { layer: self.digest, path: path_of(&self.index, node) });
+        };
+        let rest = content.size.saturating_sub(at.0);
+        let length = usize::try_from(rest).map_or(buffer.len(), |rest| rest.min(buffer.len()));
+        if length == 0 {
+            return Ok(0);
+        }
+        // The builder of the index has checked that the file's place in the data file ends below 2^64.
+        let start = DataOffset(content.data.0 + at.0);
+        let range = start..DataOffset(start.0 + length as u64);
+        // More often than once only where the data file is cut or its disk fails behind our back.
+        for _ in 0..3 {
+            self.ensure(range.clone()).await?;
+            let count = self.read_filled(start, &mut buffer[..length]).map_err(|error| self.file_error(error))?;
+            if count < length {
+                self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
+            } else if self.is_filled(&range) {
+                return Ok(length);
+            }
+        }
+        let path = path_of(&self.index, node);
+        Err(ReadError::Unstable { layer: self.digest, path, store: self.directory().to_owned() })
+    }
+
+    /// Makes everything that was filled so far survive a power failure. Until then it survives the end of the process and
+    /// not that of the machine. Long-lived users call it when they unmount.
+    ///
+    /// # Errors
+    /// Where the disk fails; what was not on it is fetched again when it is needed.
+    pub async fn sync(self: &Arc<Self>) -> Result<(), EnsureError> {
+        let layer = Arc::clone(self);
+        match tokio::task::spawn_blocking(move || layer.cache.sync()).await {
+            Ok(result) => result.map_err(|error| self.file_error(error)),
+            Err(_) => Err(EnsureError::Interrupted { layer: self.digest }),
+        }
+    }
+
+    /// Returns what the layer did since it was opened, and what it has.
+    #[must_use]
+    pub fn statistics(&self) -> LayerStatistics {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        LayerStatistics {
+            fetched_bytes: get(&self.counters.fetched_bytes),
+            requests: get(&self.counters.requests),
+            decoded_bytes: get(&self.counters.decoded_bytes),
+            extents_filled: self.cache.filled().count() as u64,
+            extents_total: self.index.extents().len() as u64,
+            waits: get(&self.counters.waits),
+            errors: get(&self.counters.errors),
+        }
+    }
+
+    /// Takes over what other processes have filled meanwhile.
+    pub(crate) fn refresh(&self) -> Result<(), EnsureError> {
+        self.cache.filled().refresh(0..self.index.extents().len()).map_err(|error| self.file_error(error))
+    }
+
+    /// Fills frames, whoever may want them. Returns the first error, after all have come down.
+    pub(crate) async fn fill(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<(), EnsureError> {
+        let mut result = Ok(());
+        for flight in self.take_off(frames, policy)? {
+            let outcome = self.landing(flight).await.and_then(|landed| match landed.refused.first() {
+                Some(refusal) => Err(refusal.error.clone()),
+                None => Ok(()),
+            });
+            result = result.and(outcome);
+        }
+        result
+    }
+
+    /// Says whether nothing is missing of a frame.
+    pub(crate) fn has_frame(&self, frame: FrameId) -> bool {
+        self.index.extents_of(frame).iter().all(|&extent| self.cache.filled().contains(extent as usize))
+    }
+
+    /// Sends off what has to be fetched for `frames` (sorted, without repetition), and returns a flight to wait for for
+    /// each that is not here.
+    fn take_off(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<VecDeque<Flight>, EnsureError> {
+        let mut awaited = VecDeque::new();
+        let mut requests = Vec::new();
+        {
+            let mut flights = self.flights();
+            let mut wanted = Vec::new();
+            for &frame in frames {
+                if let Some(flight) = flights.get(&frame) {
+                    awaited.push_back(flight.clone());
+                } else if !self.has_frame(frame) {
+                    // Whoever lands a frame publishes it before it gives up its place, so that it can't be missed.
+                    self.check_size(frame)?;
+                    wanted.push(frame);
+                }
+            }
+            let fetchable =
+                |frame| !flights.contains_key(&frame) && !self.has_frame(frame) && self.check_size(frame).is_ok();
+            for request in plan(self.index.frames(), &wanted, fetchable, policy) {
+                let mut tickets = VecDeque::with_capacity(request.frames.len());
+                for &frame in &request.frames {
+                    let (ticket, flight) = Flight::new(frame);
+                    if wanted.binary_search(&frame).is_ok() {
+                        awaited.push_back(flight.clone());
+                    }
+                    flights.insert(frame, flight);
+                    tickets.push_back(ticket);
+                }
+                requests.push((request, tickets));
+            }
+        }
+        for (request, tickets) in requests {
+            let flights = Flights::new(Arc::clone(self), tickets);
+            tokio::spawn(flights.run(request.range));
+        }
+        Ok(awaited)
+    }
+
+    async fn landing(&self, flight: Flight) -> Result<Arc<Landed>, EnsureError> {
+        flight.landing().await.unwrap_or(Err(EnsureError::Interrupted { layer: self.digest }))
+    }
+
+    /// Refuses a frame that must not be held in memory.
+    fn check_size(&self, frame: FrameId) -> Result<(), EnsureError> {
+        let parts = &self.index.frames()[frame.0 as usize];
+        let needed = parts.decoded_length.max(fetched_range(parts).length);
+        let limit = self.limits.frame_bytes;
+        if needed <= limit {
+            return Ok(());
+        }
+        let first = self.index.extents_of(frame).first();
+        let path = first.map_or_else(String::new, |&extent| path_of(&self.index, self.extent(extent as usize).node));
+        Err(EnsureError::TooLarge { layer: self.digest, path, range: parts.range, needed, limit })
+    }
+
+    pub(crate) fn extent(&self, number: usize) -> &Extent {
+        &self.index.extents()[number]
+    }
+
+    pub(crate) fn flights(&self) -> MutexGuard<'_, HashMap<FrameId, Flight>> {
+        // Each change of the map is one insertion or removal: nothing is half done where a holder panics.
+        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn file_error(&self, source: io::Error) -> EnsureError {
+        EnsureError::file(self.digest, self.directory().to_owned(), source)
+    }
+}
+
+impl std::fmt::Debug for LazyLayer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LazyLayer")
+            .field("digest", &self.digest)
+            .field("source", &self.source.name())
+            .field("statistics", &self.statistics())
+            .finish_non_exhaustive()
+    }
+}

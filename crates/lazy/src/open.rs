@@ -1,0 +1,395 @@
+//! From a manifest to lazy layers: all of an image's at once, each in one request in the common case and in none where
+//! it was opened before.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex},
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt as _, stream};
+use loris_format::{
+    digest::Digest,
+    estargz::{
+        footer::{self, DETECT_BYTES, FooterError, Kind},
+        open::{self as estargz, Opened, Opening, Step},
+        toc::TOC_DIGEST_ANNOTATION,
+    },
+    index::{
+        LayerIndex,
+        builder::{IndexError, Problem},
+    },
+    limits::Limits,
+    position::{BlobOffset, BlobRange},
+};
+use loris_oci::{
+    Descriptor, ImageSource,
+    document::{ImageConfig, Manifest},
+};
+
+use crate::{
+    cache::Tail,
+    error::{LayerError, OpenError, StoreError},
+    layer::{Counters, LazyLayer},
+    plan::FetchPolicy,
+    store::Store,
+};
+
+/// What must vouch for a layer's content.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Trust {
+    /// The manifest vouches for the table of contents, and that for every byte. What no digest reaches is refused.
+    #[default]
+    Vouched,
+    /// Layers without that chain are opened too: whoever serves the blob can serve anything. What digests there are is
+    /// checked all the same.
+    Anything,
+}
+
+/// How an image is opened.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// What must vouch for the content.
+    pub trust: Trust,
+    /// How what is read becomes requests.
+    pub policy: FetchPolicy,
+    /// Bounds on what the image may ask of us.
+    pub limits: Limits,
+    /// Layers that are opened at the same time. The source has its own bound for each host.
+    pub side_by_side: usize,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { trust: Trust::default(), policy: FetchPolicy::default(), limits: Limits::default(), side_by_side: 16 }
+    }
+}
+
+/// An image whose layers were all looked at.
+#[derive(Debug)]
+pub struct OpenedImage {
+    /// The layers, the lowest first, as many as the manifest has.
+    pub layers: Vec<OpenedLayer>,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The configuration.
+    pub config: ImageConfig,
+}
+
+/// A layer that was looked at.
+#[derive(Debug)]
+pub struct OpenedLayer {
+    /// What the manifest says of it.
+    pub descriptor: Descriptor,
+    /// The layer, or why it can't be read lazily. A layer that the image has twice is there twice, as one.
+    pub layer: Result<Arc<LazyLayer>, LayerError>,
+}
+
+/// An image all of whose layers are lazy.
+#[derive(Debug)]
+pub struct LazyImage {
+    /// The layers, the lowest first.
+    pub layers: Vec<Arc<LazyLayer>>,
+    /// The manifest.
+    pub manifest: Manifest,
+    /// The configuration.
+    pub config: ImageConfig,
+}
+
+impl OpenedImage {
+    /// Returns the image where all its layers are lazy.
+    ///
+    /// # Errors
+    /// The first layer's that is not.
+    pub fn into_lazy(self) -> Result<LazyImage, LayerError> {
+        let layers = self.layers.into_iter().map(|opened| opened.layer).collect::<Result<_, _>>()?;
+        Ok(LazyImage { layers, manifest: self.manifest, config: self.config })
+    }
+}
+
+/// Opens an image: its configuration and all its layers side by side.
+///
+/// # Errors
+/// Where the configuration can't be had or does not fit the manifest. A layer that can't be opened is no error here, see
+/// [`OpenedLayer`].
+///
+/// # Panics
+/// Where it is polled outside of a Tokio runtime.
+pub async fn open_image(
+    source: Arc<dyn ImageSource>,
+    manifest: &Manifest,
+    store: &Store,
+    options: &OpenOptions,
+) -> Result<OpenedImage, OpenError> {
+    let (config, layers) =
+        tokio::join!(open_config(&*source, manifest, options), open_layers(&source, manifest, store, options));
+    Ok(OpenedImage { layers, manifest: manifest.clone(), config: config? })
+}
+
+async fn open_config(
+    source: &dyn ImageSource,
+    manifest: &Manifest,
+    options: &OpenOptions,
+) -> Result<ImageConfig, OpenError> {
+    let digest = manifest.config.digest;
+    let failed = |source| OpenError::Document { document: digest, source };
+    let config = source.document(&manifest.config).await.map_err(failed)?;
+    let config = config.image_config(&options.limits).map_err(failed)?;
+    if config.diff_ids.len() != manifest.layers.len() {
+        let detail = format!("it lists {} layers, its manifest {}", config.diff_ids.len(), manifest.layers.len());
+        return Err(OpenError::NotAnImage { document: digest, detail });
+    }
+    Ok(config)
+}
+
+async fn open_layers(
+    source: &Arc<dyn ImageSource>,
+    manifest: &Manifest,
+    store: &Store,
+    options: &OpenOptions,
+) -> Vec<OpenedLayer> {
+    // The same layer twice is opened once.
+    let key = |descriptor: &Descriptor| {
+        (descriptor.digest, descriptor.size, descriptor.annotations.get(TOC_DIGEST_ANNOTATION).cloned())
+    };
+    let mut distinct: HashMap<_, usize> = HashMap::new();
+    let mut descriptors = Vec::new();
+    for descriptor in &manifest.layers {
+        distinct.entry(key(descriptor)).or_insert_with(|| {
+            descriptors.push(descriptor.clone());
+            descriptors.len() - 1
+        });
+    }
+    let opened: Vec<Result<Arc<LazyLayer>, LayerError>> = stream::iter(&descriptors)
+        .map(|descriptor| open_layer(Arc::clone(source), descriptor, store, options))
+        .buffered(options.side_by_side.max(1))
+        .collect()
+        .await;
+    let of = |descriptor: &Descriptor| OpenedLayer {
+        descriptor: descriptor.clone(),
+        layer: opened[distinct[&key(descriptor)]].clone(),
+    };
+    manifest.layers.iter().map(of).collect()
+}
+
+/// Opens one layer.
+///
+/// # Errors
+/// Where it is of no lazy format, nothing vouches for it (and something must), it is corrupt, or the source or the store
+/// fails.
+///
+/// # Panics
+/// Where it is polled outside of a Tokio runtime.
+pub async fn open_layer(
+    source: Arc<dyn ImageSource>,
+    descriptor: &Descriptor,
+    store: &Store,
+    options: &OpenOptions,
+) -> Result<Arc<LazyLayer>, LayerError> {
+    let opening = LayerOpening {
+        source,
+        descriptor: descriptor.clone(),
+        store: store.clone(),
+        options: options.clone(),
+        counters: Counters::default(),
+    };
+    opening.open().await
+}
+
+/// A layer that is being opened.
+struct LayerOpening {
+    source: Arc<dyn ImageSource>,
+    descriptor: Descriptor,
+    store: Store,
+    options: OpenOptions,
+    counters: Counters,
+}
+
+/// A layer whose table of contents was read.
+struct Indexed {
+    index: LayerIndex,
+    opened: Opened,
+    /// The end of the blob that it was read from.
+    tail: Tail,
+    /// Whether the tail came from the network.
+    fresh: bool,
+}
+
+/// The first step, out of the two that may be needed.
+enum Start {
+    /// Everything was in the store.
+    Opened(Box<Indexed>),
+    /// This has to be fetched.
+    Fetch(Box<Opening>, BlobRange),
+}
+
+impl LayerOpening {
+    async fn open(self) -> Result<Arc<LazyLayer>, LayerError> {
+        let annotation = self.annotation()?;
+        if annotation.is_none() && self.options.trust == Trust::Vouched {
+            return Err(self.without_annotation().await?);
+        }
+        let indexed = self.index(annotation).await?;
+        self.finish(indexed).await
+    }
+
+    fn annotation(&self) -> Result<Option<Digest>, LayerError> {
+        let Some(text) = self.descriptor.annotations.get(TOC_DIGEST_ANNOTATION) else { return Ok(None) };
+        let invalid = |error| self.corrupt(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"));
+        text.parse().map(Some).map_err(invalid)
+    }
+
+    /// Says what is wrong with a layer that nothing vouches for: mostly, that it is an ordinary layer.
+    async fn without_annotation(&self) -> Result<LayerError, LayerError> {
+        let layer = self.descriptor.digest;
+        let size = self.descriptor.size;
+        let length = size.min(DETECT_BYTES as u64);
+        if length == 0 {
+            return Ok(LayerError::NotLazy { layer, reason: "it is empty".to_owned() });
+        }
+        let tail = self.fetch(BlobRange { start: BlobOffset(size - length), length }).await?;
+        Ok(match footer::detect(&tail, size) {
+            Some(Kind::Estargz | Kind::LegacyStargz) => {
+                LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION }
+            }
+            Some(kind) => not_supported(layer, kind),
+            None => LayerError::NotLazy { layer, reason: FooterError::NoFooter.to_string() },
+        })
+    }
+
+    /// Reads the table of contents: from the store, else from the source.
+    async fn index(&self, annotation: Option<Digest>) -> Result<Indexed, LayerError> {
+        let mut tail = Tail::default();
+        let (mut opening, mut range) = match self.start(annotation).await? {
+            Start::Opened(indexed) => return Ok(*indexed),
+            Start::Fetch(opening, range) => (*opening, range),
+        };
+        loop {
+            let bytes = self.fetch(range).await?;
+            tail.extend_down(range, &bytes);
+            let supplied = bytes.clone();
+            match self.compute(move || opening.supply(&supplied)).await?.map_err(|error| self.refused(error))? {
+                Step::Read(next, next_range) => (opening, range) = (next, next_range),
+                Step::Done(index, opened) => return Ok(Indexed { index, opened, tail, fresh: true }),
+            }
+        }
+    }
+
+    /// Opens the layer from what the store has of its blob's end; where it has nothing of use, says what to fetch.
+    async fn start(&self, annotation: Option<Digest>) -> Result<Start, LayerError> {
+        let trust = match self.options.trust {
+            Trust::Vouched => estargz::Trust::Required,
+            Trust::Anything => estargz::Trust::Optional,
+        };
+        let (size, limits) = (self.descriptor.size, self.options.limits.clone());
+        let begin = move || Opening::new(size, annotation, trust, &limits);
+        let (opening, range) = begin().map_err(|error| self.refused(error))?;
+        // Without an annotation nothing says which of the tables that the blob's name was seen with is meant.
+        let Some(toc) = annotation else { return Ok(Start::Fetch(Box::new(opening), range)) };
+        let directory = self.store.directory(&self.descriptor.digest, &toc, None);
+        let limit = self.options.limits.toc_bytes;
+        let replay = move || {
+            let tail = Tail::load(&directory, size, limit)?;
+            let (mut opening, mut range) = begin().ok()?;
+            loop {
+                match opening.supply(tail.get(range)?).ok()? {
+                    Step::Read(next, next_range) => (opening, range) = (next, next_range),
+                    Step::Done(index, opened) => return Some(Indexed { index, opened, tail, fresh: false }),
+                }
+            }
+        };
+        Ok(match self.compute(replay).await? {
+            Some(indexed) => Start::Opened(Box::new(indexed)),
+            None => Start::Fetch(Box::new(opening), range),
+        })
+    }
+
+    /// Opens the local files.
+    async fn finish(self, indexed: Indexed) -> Result<Arc<LazyLayer>, LayerError> {
+        let layer = self.descriptor.digest;
+        let Indexed { index, opened, tail, fresh } = indexed;
+        let vouched = opened.vouched && index.extents().iter().all(|extent| extent.digest.is_some());
+        if !vouched && self.options.trust == Trust::Vouched {
+            // The machine has refused it before it came here.
+            return Err(LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION });
+        }
+        let name = self.source.name();
+        let unverified_from = (!vouched).then_some(name.as_str());
+        let directory = self.store.directory(&layer, &opened.toc_digest, unverified_from);
+        let store = self.store.clone();
+        let work = move || -> Result<_, StoreError> {
+            if fresh && vouched {
+                tail.save(&directory)?;
+            }
+            let cache = store.layer(&directory, &layer, &index)?;
+            Ok((index, cache))
+        };
+        let (index, cache) = tokio::task::spawn_blocking(work)
+            .await
+            .map_err(|_| LayerError::Interrupted { layer })?
+            .map_err(|source| LayerError::Store { layer, source: Arc::new(source) })?;
+        Ok(Arc::new(LazyLayer {
+            digest: layer,
+            descriptor: self.descriptor,
+            index,
+            opened,
+            vouched,
+            cache,
+            source: self.source,
+            gates: Arc::clone(self.store.gates()),
+            policy: self.options.policy,
+            limits: self.options.limits,
+            flights: Mutex::default(),
+            counters: self.counters,
+        }))
+    }
+
+    async fn fetch(&self, range: BlobRange) -> Result<Bytes, LayerError> {
+        Counters::add(&self.counters.requests, 1);
+        let bytes =
+            self.source.blob_range(&self.descriptor, range.start.0..range.end().0).await.map_err(|source| {
+                LayerError::Fetch { layer: self.descriptor.digest, range, source: Arc::new(source) }
+            })?;
+        Counters::add(&self.counters.fetched_bytes, bytes.len() as u64);
+        Ok(bytes)
+    }
+
+    /// Does something that takes the processor, and memory for a whole table of contents: no more of them at once than
+    /// there are processors.
+    async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, LayerError> {
+        let place = self.store.gates().decoder().await;
+        let work = move || {
+            let result = work();
+            drop(place);
+            result
+        };
+        let layer = self.descriptor.digest;
+        tokio::task::spawn_blocking(work).await.map_err(|_| LayerError::Interrupted { layer })
+    }
+
+    fn corrupt(&self, detail: String) -> LayerError {
+        LayerError::Corrupt { layer: self.descriptor.digest, detail }
+    }
+
+    fn refused(&self, error: estargz::OpenError) -> LayerError {
+        let layer = self.descriptor.digest;
+        match error {
+            estargz::OpenError::NotVouched => LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION },
+            estargz::OpenError::Unsupported { kind, .. } => not_supported(layer, kind),
+            // With an annotation that claims otherwise, a blob without footer is damaged, or not the blob.
+            estargz::OpenError::Footer(error @ FooterError::NoFooter)
+                if !self.descriptor.annotations.contains_key(TOC_DIGEST_ANNOTATION) =>
+            {
+                LayerError::NotLazy { layer, reason: error.to_string() }
+            }
+            estargz::OpenError::Index(IndexError { name, problem: Problem::NoDigest { at }, .. }) => {
+                LayerError::Undigested { layer, path: name, offset: at }
+            }
+            error => self.corrupt(error.to_string()),
+        }
+    }
+}
+
+fn not_supported(layer: Digest, kind: Kind) -> LayerError {
+    LayerError::NotLazy { layer, reason: format!("it is {}, which is not read lazily yet", kind.name()) }
+}

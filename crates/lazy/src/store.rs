@@ -1,0 +1,244 @@
+//! The directory that keeps what was fetched.
+//!
+//! | path | content |
+//! |---|---|
+//! | `version` | one line, `loris layer store 1` |
+//! | `layers/BLOB/TOC/` | a layer, see [`crate::layer`]: `data`, `filled`, `toc`, `lock` |
+//!
+//! `BLOB` is the digest of the compressed blob and `TOC` that of its table of contents, both as `ALGORITHM-HEX`. Both are
+//! in the name because nobody checks a blob against its digest while it is read in pieces: an image that names another's
+//! blob, but comes with a table of contents of its own, must not meet the other's data. For the same reason a layer that
+//! nothing vouches for gets a directory of its own for each place it came from, `unverified-HEX/`.
+
+use std::{
+    collections::HashMap,
+    io::{self, Write as _},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError, Weak},
+};
+
+use loris_format::{digest::Digest, index::LayerIndex};
+
+use crate::{
+    cache::{LayerCache, create_private_directory},
+    error::StoreError,
+    gates::Gates,
+};
+
+/// The line in the file `version`. A newer Loris that can't be read by this one has another.
+const VERSION: &str = "loris layer store 1";
+
+/// How much a store's layers may do at once, all together.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreOptions {
+    /// Most bytes of fetched and decoded frames in memory. A single frame that needs more is fetched alone.
+    pub memory_bytes: u64,
+    /// Most requests under way. The source has its own bound for each host.
+    pub requests: usize,
+    /// Most frames being decoded: as many as there are processors.
+    pub decoders: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> Self {
+        let decoders = std::thread::available_parallelism().map_or(1, usize::from);
+        Self { memory_bytes: 64 << 20, requests: 16, decoders }
+    }
+}
+
+/// A directory that keeps layers, for this process and others. Cheap to clone; clones share its bounds.
+#[derive(Clone, Debug)]
+pub struct Store {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    root: PathBuf,
+    gates: Arc<Gates>,
+    /// What is open, so that two images with a layer in common have one bitmap of it.
+    open: Mutex<HashMap<PathBuf, Slot>>,
+}
+
+/// The lock of a slot is held while its layer is being opened, the lock of the map is not.
+type Slot = Arc<Mutex<Weak<LayerCache>>>;
+
+impl Store {
+    /// Opens the store in a directory, or makes one there. Blocks for some system calls.
+    ///
+    /// # Errors
+    /// Where the directory can't be made or written, holds something else, was made by a newer Loris, or can be written
+    /// by others.
+    pub fn open(root: &Path) -> Result<Self, StoreError> {
+        Self::open_with(root, &StoreOptions::default())
+    }
+
+    /// Does what [`Store::open`] does, with other bounds.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_with(root: &Path, options: &StoreOptions) -> Result<Self, StoreError> {
+        create_private_directory(root).map_err(StoreError::file(root))?;
+        // Data files are named in mount options, which must not depend on the working directory.
+        let root = root.canonicalize().map_err(StoreError::file(root))?;
+        check_owner(&root)?;
+        check_version(&root)?;
+        let gates = Arc::new(Gates::new(options.memory_bytes, options.requests, options.decoders));
+        Ok(Self { inner: Arc::new(Inner { root, gates, open: Mutex::default() }) })
+    }
+
+    /// Returns the directory, as an absolute path.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        &self.inner.root
+    }
+
+    pub(crate) fn gates(&self) -> &Arc<Gates> {
+        &self.inner.gates
+    }
+
+    /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.
+    pub(crate) fn directory(&self, blob: &Digest, toc: &Digest, unverified_from: Option<&str>) -> PathBuf {
+        let name = |digest: &Digest| format!("{}-{}", digest.algorithm(), digest.hex());
+        let mut path = self.inner.root.join("layers").join(name(blob)).join(name(toc));
+        if let Some(source) = unverified_from {
+            path.push(format!("unverified-{}", Digest::sha256_of(source.as_bytes()).hex()));
+        }
+        path
+    }
+
+    /// Opens a layer's files, or returns them where this process has them open. Blocks.
+    pub(crate) fn layer(
+        &self,
+        directory: &Path,
+        blob: &Digest,
+        index: &LayerIndex,
+    ) -> Result<Arc<LayerCache>, StoreError> {
+        let slot = {
+            let mut open = self.inner.open.lock().unwrap_or_else(PoisonError::into_inner);
+            open.retain(|_, slot| Arc::strong_count(slot) > 1 || slot.lock().is_ok_and(|weak| weak.strong_count() > 0));
+            Arc::clone(open.entry(directory.to_owned()).or_default())
+        };
+        let mut slot = slot.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(cache) = slot.upgrade() {
+            return Ok(cache);
+        }
+        let cache = Arc::new(LayerCache::open(directory, blob, index)?);
+        *slot = Arc::downgrade(&cache);
+        Ok(cache)
+    }
+}
+
+/// Whoever can write to the store decides what containers read.
+fn check_owner(root: &Path) -> Result<(), StoreError> {
+    let metadata = root.metadata().map_err(StoreError::file(root))?;
+    let mode = metadata.permissions().mode();
+    let us = rustix::process::geteuid().as_raw();
+    let detail = if metadata.uid() != us && metadata.uid() != 0 {
+        format!("it belongs to user {}", metadata.uid())
+    } else if mode & 0o022 != 0 {
+        format!("its mode is {:04o}", mode & 0o7777)
+    } else {
+        return Ok(());
+    };
+    Err(StoreError::Exposed { path: root.to_owned(), detail })
+}
+
+fn check_version(root: &Path) -> Result<(), StoreError> {
+    let path = root.join("version");
+    loop {
+        match std::fs::read(&path) {
+            Ok(text) => {
+                let text = String::from_utf8_lossy(&text[..text.len().min(200)]);
+                let found = text.lines().next().unwrap_or_default();
+                return match found {
+                    VERSION => Ok(()),
+                    other if other.starts_with("loris layer store ") => {
+                        Err(StoreError::Newer { path: root.to_owned(), found: other.to_owned(), expected: VERSION })
+                    }
+                    _ => Err(StoreError::NotAStore { path: root.to_owned() }),
+                };
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(StoreError::file(path)(error)),
+        }
+        let mut entries = std::fs::read_dir(root).map_err(StoreError::file(root))?;
+        // Another process may be making the store: what it leaves before the version is a temporary file.
+        let stranger = entries
+            .any(|entry| entry.is_ok_and(|entry| !entry.file_name().as_encoded_bytes().starts_with(b".version-")));
+        if stranger && !path.exists() {
+            return Err(StoreError::NotAStore { path: root.to_owned() });
+        }
+        let write = || {
+            let mut file = tempfile::Builder::new().prefix(".version-").tempfile_in(root)?;
+            writeln!(file, "{VERSION}")?;
+            file.persist_noclobber(&path).map_err(|error| error.error).map(drop)
+        };
+        match write() {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(StoreError::file(path)(error)),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_store_is_made_once_and_known_again() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("a/b");
+        let store = Store::open(&root).unwrap();
+        assert_eq!(store.root(), root.canonicalize().unwrap());
+        assert_eq!(std::fs::read_to_string(root.join("version")).unwrap(), "loris layer store 1\n");
+        assert_eq!(root.metadata().unwrap().permissions().mode() & 0o777, 0o700);
+        Store::open(&root).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_store_of_ours_is_left_alone() {
+        type Expected = fn(&StoreError) -> bool;
+        let cases: [(&str, &str, Expected); 4] = [
+            ("version", "loris layer store 2\n", |error| matches!(error, StoreError::Newer { .. })),
+            ("version", "something else\n", |error| matches!(error, StoreError::NotAStore { .. })),
+            ("version", "", |error| matches!(error, StoreError::NotAStore { .. })),
+            ("holiday.jpg", "", |error| matches!(error, StoreError::NotAStore { .. })),
+        ];
+        for (name, content, expected) in cases {
+            let directory = tempfile::tempdir().unwrap();
+            std::fs::write(directory.path().join(name), content).unwrap();
+            let error = Store::open(directory.path()).unwrap_err();
+            assert!(expected(&error), "{name} {content:?}: {error}");
+            assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        }
+    }
+
+    #[test]
+    fn a_store_that_others_can_write_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let mode = std::fs::Permissions::from_mode(0o777);
+        std::fs::set_permissions(directory.path(), mode).unwrap();
+        let error = Store::open(directory.path()).unwrap_err();
+        assert!(matches!(&error, StoreError::Exposed { detail, .. } if detail.contains("0777")), "{error}");
+    }
+
+    #[test]
+    fn untrusted_layers_are_apart() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let (blob, toc, other) = (Digest::sha256_of(b"1"), Digest::sha256_of(b"2"), Digest::sha256_of(b"3"));
+        let paths = [
+            store.directory(&blob, &toc, None),
+            store.directory(&blob, &other, None),
+            store.directory(&other, &toc, None),
+            store.directory(&blob, &toc, Some("one")),
+            store.directory(&blob, &toc, Some("two")),
+        ];
+        for (number, path) in paths.iter().enumerate() {
+            assert!(!paths[..number].contains(path), "{}", path.display());
+            assert!(path.starts_with(store.root().join("layers")));
+        }
+    }
+}

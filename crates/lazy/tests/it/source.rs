@@ -1,0 +1,140 @@
+//! An image source in memory that counts, waits and lies as it is told.
+
+use std::{
+    collections::HashMap,
+    ops::Range,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use loris_format::digest::Digest;
+use loris_oci::{BlobStream, Descriptor, Document, Error, ImageSource};
+use tokio::sync::watch;
+
+type Fault = Box<dyn Fn(Range<u64>, Bytes) -> Result<Bytes, Error> + Send + Sync>;
+
+pub struct TestSource {
+    name: String,
+    blobs: HashMap<Digest, Bytes>,
+    requests: Mutex<Vec<(Digest, Range<u64>)>>,
+    fault: Mutex<Option<Fault>>,
+    open: watch::Sender<bool>,
+    waiting: AtomicUsize,
+}
+
+impl TestSource {
+    pub fn new(blobs: impl IntoIterator<Item = Bytes>) -> Self {
+        Self {
+            name: "memory".to_owned(),
+            blobs: blobs.into_iter().map(|bytes| (Digest::sha256_of(&bytes), bytes)).collect(),
+            requests: Mutex::default(),
+            fault: Mutex::default(),
+            open: watch::channel(true).0,
+            waiting: AtomicUsize::new(0),
+        }
+    }
+
+    /// Lies: has `bytes` under a digest that is not theirs.
+    pub fn lying(digest: Digest, bytes: Bytes) -> Self {
+        Self { blobs: HashMap::from([(digest, bytes)]), ..Self::new([]) }
+    }
+
+    pub fn named(mut self, name: &str) -> Self {
+        self.name = name.to_owned();
+        self
+    }
+
+    /// Ranges asked for since the last call.
+    pub fn take_requests(&self) -> Vec<Range<u64>> {
+        std::mem::take(&mut *self.requests.lock().unwrap()).into_iter().map(|(_, range)| range).collect()
+    }
+
+    /// What happens to every answer from now on.
+    pub fn fault(&self, fault: impl Fn(Range<u64>, Bytes) -> Result<Bytes, Error> + Send + Sync + 'static) {
+        *self.faults() = Some(Box::new(fault));
+    }
+
+    pub fn fail(&self) {
+        self.fault(|_, _| Err(unreachable_registry()));
+    }
+
+    pub fn heal(&self) {
+        *self.faults() = None;
+    }
+
+    /// A fault may panic: that is no fault of the lock's.
+    fn faults(&self) -> MutexGuard<'_, Option<Fault>> {
+        self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Holds all answers back until [`TestSource::release`].
+    pub fn hold(&self) {
+        self.open.send_replace(false);
+    }
+
+    pub fn release(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Waits until so many requests are held back.
+    pub async fn held(&self, count: usize) {
+        while self.waiting.load(Ordering::SeqCst) < count {
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+pub fn unreachable_registry() -> Error {
+    Error::Registry {
+        method: "GET".to_owned(),
+        url: "http://memory/".to_owned(),
+        status: Some(503),
+        detail: "out of order".to_owned(),
+        transient: true,
+    }
+}
+
+#[async_trait]
+impl ImageSource for TestSource {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    async fn root(&self) -> Result<Document, Error> {
+        Err(Error::NotFound { what: "root".to_owned(), place: self.name() })
+    }
+
+    async fn document(&self, descriptor: &Descriptor) -> Result<Document, Error> {
+        let bytes = self.blobs.get(&descriptor.digest).cloned();
+        let bytes = bytes.ok_or_else(|| Error::NotFound { what: descriptor.digest.to_string(), place: self.name() })?;
+        Document::verified(bytes, descriptor, &self.name())
+    }
+
+    async fn blob(&self, descriptor: &Descriptor) -> Result<BlobStream, Error> {
+        Err(Error::Unsupported { what: format!("reading all of {}", descriptor.digest), place: self.name() })
+    }
+
+    async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
+        assert!(range.end <= descriptor.size && range.start <= range.end, "outside of the blob: {range:?}");
+        self.requests.lock().unwrap().push((descriptor.digest, range.clone()));
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let open = self.open.subscribe().wait_for(|open| *open).await.map(|open| *open);
+        self.waiting.fetch_sub(1, Ordering::SeqCst);
+        assert!(open.unwrap());
+        let bytes = self.blobs.get(&descriptor.digest).cloned();
+        let bytes = bytes.ok_or_else(|| Error::NotFound { what: descriptor.digest.to_string(), place: self.name() })?;
+        let part = bytes.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap());
+        match &*self.faults() {
+            Some(fault) => fault(range, part),
+            None => Ok(part),
+        }
+    }
+
+    async fn referrers(&self, _: &Digest, _: Option<&str>) -> Result<Vec<Descriptor>, Error> {
+        Ok(Vec::new())
+    }
+}

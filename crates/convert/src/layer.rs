@@ -19,8 +19,8 @@ use std::{
 };
 
 use loris_format::{
-    compression::GzipLevel,
-    digest::{Digest, DiffId},
+    compression::{self, GzipLevel},
+    digest::{DiffId, Digest, Hasher},
     estargz::{
         toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
         writer::{self, DEFAULT_CHUNK_BYTES},
@@ -40,6 +40,9 @@ mod golden_tests;
 mod tests;
 
 pub use workers::{DEFAULT_MEMORY_BYTES, Workers};
+
+/// The level of compression that tools in the field use where nothing else is asked for, on zlib's scale.
+pub const DEFAULT_LEVEL: u8 = 9;
 
 /// The largest chunk that can be asked for, in bytes: a whole chunk is held in memory by whoever reads the layer.
 pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
@@ -197,7 +200,9 @@ pub enum Error {
         first: String,
     },
     /// The temporary file failed, most likely for want of space.
-    #[error("temporary file in {directory}: {source}; point TMPDIR to a directory with space for the uncompressed layer")]
+    #[error(
+        "temporary file in {directory}: {source}; point TMPDIR to a directory with space for the uncompressed layer"
+    )]
     Spool {
         /// Where it is.
         directory: String,
@@ -237,4 +242,35 @@ pub fn convert_layer(
     let spooled = input::spool(input, options, watch, spool_directory)?;
     let plan = spooled.plan(options)?;
     output::write(plan, options, workers, watch, spool_directory, sink)
+}
+
+/// Decompresses a layer into `sink`. Returns the digest of the tar, which is its DiffID and the new blob's digest, and
+/// its size in bytes.
+///
+/// # Errors
+/// [`Error::Input`], [`Error::TooLarge`] beyond [`DEFAULT_MAX_UNCOMPRESSED_BYTES`], [`Error::Output`], [`Error::Stopped`].
+pub fn decompress_layer(input: impl Read, watch: &Watch, mut sink: impl Write) -> Result<(Digest, u64), Error> {
+    let mut decoder = compression::Decoder::new(input).map_err(|error| Error::Input(error.into()))?;
+    let mut hasher = Hasher::sha256();
+    let mut size = 0;
+    let mut buffer = vec![0; 256 << 10];
+    loop {
+        watch.check()?;
+        let length = match decoder.read(&mut buffer) {
+            Ok(0) => break,
+            Ok(length) => length,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(Error::Input(error)),
+        };
+        size += length as u64;
+        if size > DEFAULT_MAX_UNCOMPRESSED_BYTES {
+            return Err(Error::TooLarge { limit: DEFAULT_MAX_UNCOMPRESSED_BYTES });
+        }
+        hasher.update(&buffer[..length]);
+        sink.write_all(&buffer[..length]).map_err(Error::Output)?;
+        watch.read.fetch_add(length as u64, Ordering::Relaxed);
+        watch.written.fetch_add(length as u64, Ordering::Relaxed);
+    }
+    sink.flush().map_err(Error::Output)?;
+    Ok((hasher.finish(), size))
 }

@@ -129,11 +129,7 @@ pub(super) fn spool(
 }
 
 /// Fills blocks until the source ends, fails, or nobody wants more.
-fn decompress(
-    input: impl Read,
-    full: &mpsc::SyncSender<io::Result<Vec<u8>>>,
-    empty: &mpsc::Receiver<Vec<u8>>,
-) {
+fn decompress(input: impl Read, full: &mpsc::SyncSender<io::Result<Vec<u8>>>, empty: &mpsc::Receiver<Vec<u8>>) {
     let mut decoder = match compression::Decoder::new(input) {
         Ok(decoder) => decoder,
         Err(error) => {

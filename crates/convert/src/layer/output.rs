@@ -12,7 +12,7 @@ use std::{
 use flate2::{Compression, write::GzEncoder};
 use loris_format::{
     compression::{GzipLevel, gzip_member},
-    digest::{Digest, DiffId, Hasher},
+    digest::{DiffId, Digest, Hasher},
     estargz::{
         footer,
         writer::{Member, Members, Piece, Table, toc_header},

@@ -349,7 +349,7 @@ fn bad_sources_are_refused() {
         ("flipped checksum", &flipped, &plain, ""),
         ("not a layer", b"hello, world: this is no tar at all", &plain, ""),
         ("too large", &good, &small, "exceeds the limit of 10000 bytes"),
-        ("too many entries", &good, &few, "more than 3 entries"),
+        ("too many entries", &good, &few, "exceeds the limit of 3"),
         ("table of contents too large", &good, &tiny, "table of contents exceeds the limit of 1000 bytes"),
         ("chunk", &nul, &LayerOptions { chunk_bytes: 0, ..plain.clone() }, "chunk size must be from 1 to"),
     ] {

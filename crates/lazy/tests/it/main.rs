@@ -7,7 +7,10 @@ mod read;
 mod restart;
 mod source;
 
-use std::sync::Arc;
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use blob::{Shape, TestBlob};
 use loris_format::position::FileOffset;
@@ -16,6 +19,15 @@ use source::TestSource;
 
 /// A policy under which nothing is fetched that was not asked for.
 pub(crate) const STRICT: FetchPolicy = FetchPolicy { gap_bytes: 0, max_request_bytes: 1 << 20, read_ahead_bytes: 0 };
+
+/// Waits for something that other tasks bring about; fails where it does not come.
+pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} did not come");
+        tokio::task::yield_now().await;
+    }
+}
 
 /// One blob in a source, and a store to open it in.
 pub(crate) struct Case {

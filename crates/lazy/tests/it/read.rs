@@ -10,6 +10,7 @@ use crate::{
     Case, STRICT,
     blob::{Shape, files, noise},
     source::unreachable_registry,
+    until,
 };
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
@@ -24,9 +25,7 @@ async fn two_hundred_readers_of_one_frame_are_one_fetch() {
         })
         .collect();
     case.source.held(1).await;
-    while layer.statistics().waits < 200 {
-        tokio::task::yield_now().await;
-    }
+    until("a reader", || layer.statistics().waits >= 200).await;
     case.source.release();
     for reader in readers {
         reader.await.unwrap().unwrap();
@@ -74,9 +73,7 @@ async fn what_lies_ahead_is_fetched_and_not_waited_for() {
     let members = &case.blob.members;
     let requests = case.source.take_requests();
     assert!(requests.contains(&(members[1].start..members[1].end)), "{requests:?}");
-    while layer.statistics().extents_filled < 3 {
-        tokio::task::yield_now().await;
-    }
+    until("what lies ahead", || layer.statistics().extents_filled >= 3).await;
     case.check_part(&layer, 0, 8192, 4096).await.unwrap();
     assert!(!case.source.take_requests().contains(&(members[3].start..members[3].end)));
 }
@@ -179,9 +176,7 @@ async fn a_waiter_that_goes_away_takes_nothing_with_it() {
         let (case, layer) = (case.clone(), layer.clone());
         async move { case.check(&layer, 0).await }
     });
-    while layer.statistics().waits < 2 {
-        tokio::task::yield_now().await;
-    }
+    until("a reader", || layer.statistics().waits >= 2).await;
     first.abort();
     assert!(first.await.unwrap_err().is_cancelled());
     case.source.release();
@@ -202,9 +197,7 @@ async fn what_nobody_waits_for_any_more_is_kept() {
     only.abort();
     assert!(only.await.unwrap_err().is_cancelled());
     case.source.release();
-    while !layer.is_complete() {
-        tokio::task::yield_now().await;
-    }
+    until("the fetch", || layer.is_complete()).await;
     case.check(&layer, 0).await.unwrap();
     assert_eq!(case.source.take_requests().len(), 1);
 }
@@ -248,9 +241,7 @@ async fn memory_is_bounded_and_large_frames_still_pass() {
             tokio::spawn(async move { case.check(&layer, file).await })
         })
         .collect();
-    while layer.statistics().waits < 8 {
-        tokio::task::yield_now().await;
-    }
+    until("a reader", || layer.statistics().waits >= 8).await;
     for _ in 0..100 {
         tokio::task::yield_now().await;
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fs::File,
+    io::BufRead as _,
     os::unix::fs::{FileExt as _, MetadataExt as _},
     sync::Arc,
 };
@@ -38,6 +39,55 @@ async fn a_restart_needs_no_network_for_what_is_here() {
     case.check(&layer, 0).await.unwrap_err();
     case.source.heal();
     case.check_all(&layer).await;
+}
+
+/// Where this variable is set, the test below is the process that gets killed, and works in the directory it names.
+const VICTIM: &str = "LORIS_LAZY_TEST_VICTIM";
+
+#[tokio::test]
+async fn a_killed_process_loses_nothing_and_leaves_nothing_wrong() {
+    let mut case = Case::new(files(60, 20_000), Shape::default());
+    if let Some(directory) = std::env::var_os(VICTIM) {
+        case.store = Store::open(directory.as_ref()).unwrap();
+        let layer = case.open().await;
+        for file in 0..60 {
+            case.check(&layer, file).await.unwrap();
+            println!("\nread {file}");
+        }
+        return;
+    }
+    let scratch = tempfile::tempdir().unwrap();
+    for kills in 1..=6 {
+        let mut victim = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "restart::a_killed_process_loses_nothing_and_leaves_nothing_wrong", "--nocapture"])
+            .env(VICTIM, case.directory.path())
+            // It has no time to clean up.
+            .env("TMPDIR", scratch.path())
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let output = std::io::BufReader::new(victim.stdout.take().unwrap());
+        let last = format!("read {}", kills * 8);
+        let seen: Vec<String> = output.lines().map_while(Result::ok).take_while(|line| *line != last).collect();
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        assert!(seen.iter().any(|line| line == "read 0"), "{seen:?}");
+
+        let layer = reopen(&mut case).await;
+        case.source.fail();
+        for file in 0..=kills * 8 {
+            case.check(&layer, file).await.unwrap();
+        }
+        for extent in layer.index().extents() {
+            if layer.is_filled(&(extent.data..DataOffset(extent.data.0 + 1))) {
+                let mut content = vec![0; usize::try_from(extent.length).unwrap()];
+                layer.read_filled(extent.data, &mut content).unwrap();
+                assert!(extent.digest.unwrap().matches(&content), "{extent:?}");
+            }
+        }
+        case.source.heal();
+    }
 }
 
 #[tokio::test]

@@ -82,9 +82,7 @@ impl TestSource {
 
     /// Waits until so many requests are held back.
     pub async fn held(&self, count: usize) {
-        while self.waiting.load(Ordering::SeqCst) < count {
-            tokio::task::yield_now().await;
-        }
+        crate::until("a request", || self.waiting.load(Ordering::SeqCst) >= count).await;
     }
 }
 

@@ -323,3 +323,6 @@ pub async fn open_sink(name: &ImageName, options: &OpenOptions) -> Result<Arc<dy
         ImageName::Standard => Ok(Arc::new(ArchiveSink::standard_output(&options.temp_dir).await?)),
     }
 }
+
+#[cfg(test)]
+mod tests;

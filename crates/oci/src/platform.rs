@@ -418,3 +418,65 @@ fn listed(items: impl Iterator<Item = String>) -> String {
     }
     if list.is_empty() { "nothing".to_owned() } else { list.join(", ") }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spellings_mean_what_containerd_says() {
+        let host = Platform::host();
+        let amd64_here = format!("{}/amd64", host.os);
+        for (text, usual) in [
+            ("linux/amd64", "linux/amd64"),
+            ("linux/x86_64", "linux/amd64"),
+            ("linux/amd64/v1", "linux/amd64"),
+            ("linux/amd64/v3", "linux/amd64/v3"),
+            ("linux/aarch64", "linux/arm64"),
+            ("linux/arm64/v8", "linux/arm64"),
+            ("linux/arm64/v9", "linux/arm64/v9"),
+            ("linux/arm", "linux/arm/v7"),
+            ("linux/armhf", "linux/arm/v7"),
+            ("linux/armel", "linux/arm/v6"),
+            ("linux/arm/6", "linux/arm/v6"),
+            ("LINUX/ARM64", "linux/arm64"),
+            ("linux/i686", "linux/386"),
+            ("macos/arm64", "darwin/arm64"),
+            ("amd64", &amd64_here),
+            ("x86_64", &amd64_here),
+        ] {
+            assert_eq!(text.parse::<Platform>().unwrap().to_string(), usual, "{text}");
+        }
+        assert_eq!("linux".parse::<Platform>().unwrap().architecture, host.architecture);
+        for bad in ["", "/", "linux/", "a/b/c/d", "linux/am d64", "vax", "linux/amd64/\u{e4}"] {
+            assert!(bad.parse::<Platform>().is_err(), "{bad}");
+        }
+        assert_eq!("all".parse::<Platforms>().unwrap(), Platforms::All);
+        let Platforms::Only(two) = "linux/arm64,linux/amd64".parse().unwrap() else { panic!("all") };
+        assert_eq!(two.len(), 2);
+    }
+
+    #[test]
+    fn machines_prefer_their_own_programs() {
+        for (machine, best_first, none) in [
+            ("linux/amd64", &["linux/amd64", "linux/386"][..], &["linux/arm64", "linux/amd64/v3", "windows/amd64"][..]),
+            ("linux/amd64/v3", &["linux/amd64/v3", "linux/amd64/v2", "linux/amd64", "linux/386"], &["linux/amd64/v4"]),
+            ("linux/arm64", &["linux/arm64", "linux/arm/v8", "linux/arm/v7", "linux/arm/v5"], &["linux/arm64/v9"]),
+            ("linux/arm64/v9", &["linux/arm64/v9", "linux/arm64", "linux/arm/v7"], &["linux/amd64"]),
+            ("linux/arm/v7", &["linux/arm/v7", "linux/arm/v6", "linux/arm/v5"], &["linux/arm/v8", "linux/arm64"]),
+            ("linux/riscv64", &["linux/riscv64"], &["linux/386"]),
+        ] {
+            let machine: Platform = machine.parse().unwrap();
+            let rank = |image: &&str| image.parse::<Platform>().unwrap().rank_on(&machine);
+            let ranks: Vec<usize> = best_first.iter().map(|image| rank(image).unwrap()).collect();
+            assert!(ranks.is_sorted_by(|a, b| a < b), "{machine}: {ranks:?}");
+            assert!(none.iter().all(|image| rank(image).is_none()), "{machine}");
+        }
+        let windows = |version: &str| Platform {
+            os_version: Some(version.to_owned()),
+            ..Platform::new("windows", "amd64", None)
+        };
+        assert!(windows("10.0.20348.1").rank_on(&windows("10.0.20348")).is_some());
+        assert!(windows("10.0.17763.1").rank_on(&windows("10.0.20348")).is_none());
+    }
+}

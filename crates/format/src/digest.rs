@@ -49,7 +49,7 @@ impl Digest {
     /// Returns the part behind the colon: lower-case hexadecimal.
     #[must_use]
     pub fn hex(&self) -> String {
-        self.bytes().iter().map(|byte| format!("{byte:02x}")).collect()
+        self.with_hex(str::to_owned)
     }
 
     /// Returns a hasher of this digest's algorithm, to check content against it.
@@ -67,6 +67,18 @@ impl Digest {
         let mut hasher = self.hasher();
         hasher.update(bytes);
         hasher.finish() == *self
+    }
+
+    /// Hands the hexadecimal digits to `use_hex`. A table of contents has some hundred thousand digests.
+    fn with_hex<T>(&self, use_hex: impl FnOnce(&str) -> T) -> T {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let bytes = self.bytes();
+        let mut hex = [0; 128];
+        for (pair, byte) in hex.chunks_exact_mut(2).zip(bytes) {
+            pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        }
+        // ASCII, as the digits are.
+        use_hex(str::from_utf8(&hex[..2 * bytes.len()]).unwrap_or_default())
     }
 
     fn bytes(&self) -> &[u8] {
@@ -113,8 +125,9 @@ impl Hasher {
 
 impl fmt::Display for Digest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:", self.algorithm())?;
-        self.bytes().iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+        f.write_str(self.algorithm())?;
+        f.write_str(":")?;
+        self.with_hex(|hex| f.write_str(hex))
     }
 }
 
@@ -145,22 +158,34 @@ impl FromStr for Digest {
 }
 
 fn decode_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
-    // The specification allows lower case only: two spellings of one digest would be two cache entries.
-    let nibble = |byte: u8| match byte {
-        b'0'..=b'9' => Some(byte - b'0'),
-        b'a'..=b'f' => Some(byte - b'a' + 10),
-        _ => None,
-    };
-    let hex = hex.as_bytes();
-    if hex.len() != 2 * N {
+    let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+    if pairs.len() != N || !rest.is_empty() {
         return None;
     }
     let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(hex.chunks_exact(2)) {
-        *byte = nibble(pair[0])? << 4 | nibble(pair[1])?;
+    let mut seen = 0;
+    for (byte, pair) in bytes.iter_mut().zip(pairs) {
+        let (high, low) = (NIBBLES[usize::from(pair[0])], NIBBLES[usize::from(pair[1])]);
+        seen |= high | low;
+        *byte = high << 4 | low;
     }
-    Some(bytes)
+    // One check at the end is twice as fast as one for each digit.
+    (seen < NO_NIBBLE).then_some(bytes)
 }
+
+const NO_NIBBLE: u8 = 16;
+
+/// The value of each hexadecimal digit. The specification allows lower case only: two spellings of one digest would be
+/// two cache entries.
+const NIBBLES: [u8; 256] = {
+    let mut nibbles = [NO_NIBBLE; 256];
+    let mut digit = 0;
+    while digit < 16 {
+        nibbles[b"0123456789abcdef"[digit as usize] as usize] = digit;
+        digit += 1;
+    }
+    nibbles
+};
 
 impl Serialize for Digest {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {

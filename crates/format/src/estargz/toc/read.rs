@@ -6,7 +6,11 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::{Entry, EntryType, EntryXattrs, time, to_utf8};
-use crate::{digest::Digest, limits::Limits};
+use crate::{
+    digest::{Digest, InvalidDigest},
+    index::Timestamp,
+    limits::Limits,
+};
 
 /// The version of the document that everyone writes.
 const VERSION: u64 = 1;
@@ -87,7 +91,7 @@ impl<'de, E: From<TocError>, F: FnMut(u64, Entry<'de>) -> Result<(), E>> Visitor
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
         let mut seen = false;
-        while let Some(key) = map.next_key_seed(Text)? {
+        while let Some(key) = map.next_key_seed(Raw)? {
             match key.as_ref() {
                 b"version" => {
                     let version: Option<u64> = map.next_value()?;
@@ -142,66 +146,65 @@ impl<'de, E: From<TocError>, F: FnMut(u64, Entry<'de>) -> Result<(), E>> Visitor
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<(), A::Error> {
-        let Document { progress, each, limits } = self.0;
-        let mut number = 0;
-        while let Some(entry) = list.next_element_seed(EntrySeed(limits))? {
-            if usize::try_from(number).map_or(true, |number| number >= limits.entries) {
-                return Err(progress.borrow_mut().fail(TocError::TooManyEntries { limit: limits.entries }));
-            }
-            if let Err(failure) = each(number, entry) {
-                return Err(progress.borrow_mut().fail(failure));
-            }
-            number += 1;
-            progress.borrow_mut().entry = number;
+        while list.next_element_seed(EntrySeed(&mut *self.0))?.is_some() {
+            self.0.progress.borrow_mut().entry += 1;
         }
         Ok(())
     }
 }
 
-struct EntrySeed<'a>(&'a Limits);
+/// Reads an entry and hands it out: it is large, and would be copied on the way through serde.
+struct EntrySeed<'b, 'a, E, F>(&'b mut Document<'a, E, F>);
 
-impl<'de> DeserializeSeed<'de> for EntrySeed<'_> {
-    type Value = Entry<'de>;
+impl<'de, E: From<TocError>, F: FnMut(u64, Entry<'de>) -> Result<(), E>> DeserializeSeed<'de>
+    for EntrySeed<'_, '_, E, F>
+{
+    type Value = ();
 
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Entry<'de>, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
         deserializer.deserialize_map(self)
     }
 }
 
-impl<'de> Visitor<'de> for EntrySeed<'_> {
-    type Value = Entry<'de>;
+impl<'de, E: From<TocError>, F: FnMut(u64, Entry<'de>) -> Result<(), E>> Visitor<'de> for EntrySeed<'_, '_, E, F> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an entry")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entry<'de>, A::Error> {
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let Document { progress, each, limits } = self.0;
+        let number = progress.borrow().entry;
+        if usize::try_from(number).map_or(true, |number| number >= limits.entries) {
+            return Err(progress.borrow_mut().fail(TocError::TooManyEntries { limit: limits.entries }));
+        }
         let mut entry = Entry::default();
         let mut entry_type = None;
         let (mut name_bytes, mut link_name_bytes) = (None, None);
-        while let Some(key) = map.next_key_seed(Text)? {
+        while let Some(key) = map.next_key_seed(Raw)? {
             match key.as_ref() {
-                b"name" => set(&mut entry.name, map.next_value_seed(OptionalText)?),
-                b"type" => entry_type = map.next_value_seed(TypeSeed)?,
+                b"name" => set(&mut entry.name, map.next_value_seed(TextSeed)?),
+                b"type" => set(&mut entry_type, map.next_value_seed(TypeSeed)?.map(Some)),
                 b"size" => set(&mut entry.size, map.next_value()?),
                 b"modtime" => set(&mut entry.modtime, map.next_value_seed(TimeSeed)?),
-                b"linkName" => set(&mut entry.link_name, map.next_value_seed(OptionalText)?),
+                b"linkName" => set(&mut entry.link_name, map.next_value_seed(TextSeed)?),
                 b"mode" => set(&mut entry.mode, map.next_value()?),
                 b"uid" => set(&mut entry.uid, map.next_value()?),
                 b"gid" => set(&mut entry.gid, map.next_value()?),
-                b"userName" => set(&mut entry.user_name, map.next_value_seed(OptionalText)?),
-                b"groupName" => set(&mut entry.group_name, map.next_value_seed(OptionalText)?),
+                b"userName" => set(&mut entry.user_name, map.next_value_seed(TextSeed)?),
+                b"groupName" => set(&mut entry.group_name, map.next_value_seed(TextSeed)?),
                 b"offset" => set(&mut entry.offset, map.next_value()?),
                 b"innerOffset" => set(&mut entry.inner_offset, map.next_value()?),
                 b"devMajor" => set(&mut entry.dev_major, map.next_value()?),
                 b"devMinor" => set(&mut entry.dev_minor, map.next_value()?),
-                b"xattrs" => set(&mut entry.xattrs, map.next_value_seed(Xattrs(self.0))?),
-                b"digest" => entry.digest = map.next_value_seed(DigestSeed)?.or(entry.digest),
+                b"xattrs" => set(&mut entry.xattrs, map.next_value_seed(Xattrs(limits))?),
+                b"digest" => set(&mut entry.digest, map.next_value_seed(DigestSeed)?),
                 b"chunkOffset" => set(&mut entry.chunk_offset, map.next_value()?),
                 b"chunkSize" => set(&mut entry.chunk_size, map.next_value()?),
-                b"chunkDigest" => entry.chunk_digest = map.next_value_seed(DigestSeed)?.or(entry.chunk_digest),
-                b"nameBytes" => name_bytes = map.next_value_seed(OptionalText)?,
-                b"linkNameBytes" => link_name_bytes = map.next_value_seed(OptionalText)?,
+                b"chunkDigest" => set(&mut entry.chunk_digest, map.next_value_seed(DigestSeed)?),
+                b"nameBytes" => set(&mut name_bytes, map.next_value_seed(TextSeed)?.map(Some)),
+                b"linkNameBytes" => set(&mut link_name_bytes, map.next_value_seed(TextSeed)?.map(Some)),
                 _ => {
                     map.next_value::<IgnoredAny>()?;
                 }
@@ -210,7 +213,7 @@ impl<'de> Visitor<'de> for EntrySeed<'_> {
         entry.entry_type = entry_type.ok_or_else(|| de::Error::missing_field("type"))?;
         entry.name = exact(entry.name, name_bytes, "nameBytes")?;
         entry.link_name = exact(entry.link_name, link_name_bytes, "linkNameBytes")?;
-        Ok(entry)
+        each(number, entry).map_err(|failure| progress.borrow_mut().fail(failure))
     }
 }
 
@@ -235,10 +238,10 @@ fn exact<'de, E: de::Error>(
     Ok(Cow::Owned(bytes))
 }
 
-/// A string. What is not UTF-8 in it becomes U+FFFD.
-struct Text;
+/// The bytes of a string, whatever they are.
+struct Raw;
 
-impl<'de> DeserializeSeed<'de> for Text {
+impl<'de> DeserializeSeed<'de> for Raw {
     type Value = Cow<'de, [u8]>;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -246,7 +249,7 @@ impl<'de> DeserializeSeed<'de> for Text {
     }
 }
 
-impl<'de> Visitor<'de> for Text {
+impl<'de> Visitor<'de> for Raw {
     type Value = Cow<'de, [u8]>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -254,10 +257,7 @@ impl<'de> Visitor<'de> for Text {
     }
 
     fn visit_borrowed_bytes<E: de::Error>(self, bytes: &'de [u8]) -> Result<Self::Value, E> {
-        Ok(match to_utf8(bytes) {
-            Cow::Borrowed(text) => Cow::Borrowed(text.as_bytes()),
-            Cow::Owned(text) => Cow::Owned(text.into_bytes()),
-        })
+        Ok(Cow::Borrowed(bytes))
     }
 
     fn visit_borrowed_str<E: de::Error>(self, text: &'de str) -> Result<Self::Value, E> {
@@ -265,12 +265,12 @@ impl<'de> Visitor<'de> for Text {
     }
 
     fn visit_bytes<E: de::Error>(self, bytes: &[u8]) -> Result<Self::Value, E> {
-        Ok(Cow::Owned(to_utf8(bytes).into_owned().into_bytes()))
+        Ok(Cow::Owned(bytes.to_vec()))
     }
 }
 
-/// Makes a seed for a value that may be `null` out of a visitor of its text.
-macro_rules! optional_text {
+/// Makes a seed for a value that may be `null` out of a function that converts the bytes of a string.
+macro_rules! optional {
     ($seed:ident, $value:ty, $expecting:literal, $convert:expr) => {
         struct $seed;
 
@@ -298,42 +298,40 @@ macro_rules! optional_text {
             }
 
             fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-                let text = Text.deserialize(deserializer)?;
+                let bytes = Raw.deserialize(deserializer)?;
                 let convert: fn(Cow<'de, [u8]>) -> Result<$value, String> = $convert;
-                convert(text).map(Some).map_err(de::Error::custom)
+                convert(bytes).map(Some).map_err(de::Error::custom)
             }
         }
     };
 }
 
-optional_text!(OptionalText, Cow<'de, [u8]>, "a string", Ok);
+// What is not UTF-8 becomes U+FFFD.
+optional!(TextSeed, Cow<'de, [u8]>, "a string", |bytes| Ok(lossy(bytes)));
 
-optional_text!(TypeSeed, EntryType, "a type of entry", |text| {
+optional!(TypeSeed, EntryType, "a type of entry", |text| {
     EntryType::from_bytes(&text).ok_or_else(|| format!("type {:?} is not known", shown(&text)))
 });
 
-optional_text!(TimeSeed, crate::index::Timestamp, "a time", |text| {
+optional!(TimeSeed, Timestamp, "a time", |text| {
     if text.is_empty() {
-        return Ok(crate::index::Timestamp::default());
+        return Ok(Timestamp::default());
     }
     time::parse(&text).ok_or_else(|| format!("modtime {:?} is not a time of RFC 3339", shown(&text)))
 });
 
-struct DigestSeed;
-
-optional_text!(DigestText, Option<Digest>, "a digest", |text| {
+optional!(DigestSeed, Option<Digest>, "a digest", |text| {
     if text.is_empty() {
         return Ok(None);
     }
-    let text = str::from_utf8(&text).map_err(|error| error.to_string())?;
-    text.parse().map(Some).map_err(|error: crate::digest::InvalidDigest| error.to_string())
+    // What is not UTF-8 is no digest either.
+    to_utf8(&text).parse().map(Some).map_err(|error: InvalidDigest| error.to_string())
 });
 
-impl<'de> DeserializeSeed<'de> for DigestSeed {
-    type Value = Option<Digest>;
-
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        DigestText.deserialize(deserializer).map(Option::flatten)
+fn lossy(bytes: Cow<'_, [u8]>) -> Cow<'_, [u8]> {
+    match to_utf8(&bytes) {
+        Cow::Borrowed(_) => bytes,
+        Cow::Owned(text) => Cow::Owned(text.into_bytes()),
     }
 }
 
@@ -374,8 +372,9 @@ impl<'de> Visitor<'de> for Xattrs<'_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut xattrs = Vec::new();
         let mut bytes = 0;
-        while let Some(name) = map.next_key_seed(Text)? {
-            let value = match map.next_value_seed(OptionalText)? {
+        while let Some(name) = map.next_key_seed(Raw)? {
+            let name = lossy(name);
+            let value = match map.next_value_seed(TextSeed)? {
                 Some(base64) => STANDARD.decode(&base64).map_err(|error| {
                     de::Error::custom(format_args!("extended attribute {:?}: {error}", shown(&name)))
                 })?,

@@ -107,7 +107,9 @@ fn signed(name: &str, value: i64, text: &mut Vec<u8>) {
 fn digest(name: &str, value: Option<&Digest>, text: &mut Vec<u8>) {
     if let Some(value) = value {
         key(name, text);
-        let _ = write!(text, "\"{value}\"");
+        text.push(b'"');
+        let _ = write!(text, "{value}");
+        text.push(b'"');
     }
 }
 

@@ -6,6 +6,7 @@
 //! - [`fuse`]: a read-only tree, served by this process. It needs no root.
 //! - [`overlay`]: overlayfs over such trees, so that the root file system of a container can be written to.
 //! - [`rootfs`]: both put together, and taken apart again in reverse order.
+//! - [`unpack`]: a layer as plain files, for a full pull.
 //! - [`mounts`]: what is mounted, as the kernel says; which of it is ours; how to get rid of it.
 //! - [`probe`]: what this machine allows, and what to do about what it does not.
 //!
@@ -21,6 +22,7 @@ pub mod mounts;
 pub mod overlay;
 pub mod probe;
 pub mod rootfs;
+pub mod unpack;
 
 pub use error::MountError;
 

@@ -49,7 +49,7 @@ impl fmt::Display for Ability {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Abilities {
-    /// `/dev/fuse` can be opened. Without privileges this does not matter: `fusermount3` opens it.
+    /// `/dev/fuse` can be opened. `fusermount3`, too, opens it with its caller's rights.
     pub fuse_device: Ability,
     /// The right to mount: root, or `CAP_SYS_ADMIN` in a user namespace.
     pub admin: Ability,
@@ -82,9 +82,9 @@ impl Abilities {
     pub fn missing_for(&self, wish: Wish) -> Vec<&Ability> {
         let needed: &[&Ability] = match (wish, self.is_admin()) {
             (Wish::ReadOnly, true) => &[&self.fuse_device],
-            (Wish::ReadOnly, false) => &[&self.fusermount],
+            (Wish::ReadOnly, false) => &[&self.fuse_device, &self.fusermount],
             (Wish::ReadWrite, true) => &[&self.fuse_device, &self.overlay],
-            (Wish::ReadWrite, false) => &[&self.admin, &self.fusermount, &self.overlay],
+            (Wish::ReadWrite, false) => &[&self.admin, &self.fuse_device, &self.overlay],
         };
         needed.iter().copied().filter(|ability| !ability.is_present()).collect()
     }
@@ -122,7 +122,9 @@ pub(crate) fn fuse_device_remedy(error: &io::Error) -> &'static str {
         io::ErrorKind::NotFound => {
             "load the kernel module with `modprobe fuse`, or give the container the device with `--device /dev/fuse`"
         }
-        io::ErrorKind::PermissionDenied => "run as root, or give the container the device with `--device /dev/fuse`",
+        io::ErrorKind::PermissionDenied => {
+            "run as root, or let root open it to all users with `chmod 666 /dev/fuse`, as most systems have it"
+        }
         _ => "the kernel may lack FUSE: try `modprobe fuse`",
     }
 }
@@ -196,6 +198,7 @@ mod tests {
             (with(false, true), Wish::ReadOnly, 0),
             (with(false, false), Wish::ReadOnly, 1),
             (with(false, true), Wish::ReadWrite, 2),
+            (with(false, false), Wish::ReadWrite, 2),
         ];
         for (abilities, wish, count) in cases {
             assert_eq!(abilities.missing_for(wish).len(), count, "{abilities:?} {wish:?}");

@@ -82,10 +82,16 @@ pub fn unpack_layer(
     style: OpaqueStyle,
     limits: &Limits,
 ) -> Result<Unpacked, UnpackError> {
-    let root = sys::open(target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        UnpackError::System { name: target.display().to_string(), doing: "opening the target", source: errno.into() }
-    })?;
-    let mut unpacking = Unpacking { root, style, limits, parent: None, directories: Vec::new(), done: Unpacked::default() };
+    let root =
+        sys::open(target, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+            UnpackError::System {
+                name: target.display().to_string(),
+                doing: "opening the target",
+                source: errno.into(),
+            }
+        })?;
+    let mut unpacking =
+        Unpacking { root, style, limits, parent: None, directories: Vec::new(), done: Unpacked::default() };
     let mut reader = Reader::new(layer, limits);
     let mut buffer = vec![0; COPY_BYTES];
     while let Some(entry) = reader.next_entry()? {
@@ -235,7 +241,8 @@ impl Unpacking<'_> {
             EntryKind::HardLink => return self.link(entry, parent, file_name),
             EntryKind::Fifo => node(FileType::Fifo, 0)?,
             EntryKind::CharDevice | EntryKind::BlockDevice => {
-                let kind = if entry.kind == EntryKind::CharDevice { FileType::CharacterDevice } else { FileType::BlockDevice };
+                let kind =
+                    if entry.kind == EntryKind::CharDevice { FileType::CharacterDevice } else { FileType::BlockDevice };
                 if kind == FileType::CharacterDevice && entry.device == (0, 0) {
                     // Overlayfs would take it for a whiteout, which only `.wh.` names may be.
                     return Err(UnpackError::Name {

@@ -141,7 +141,7 @@ fn blob(layer: &[Entry]) -> (Bytes, Descriptor) {
     for entry in layer {
         let content = if let Kind::File(content) = &entry.kind { content.as_slice() } else { &[] };
         let mut toc = toc_entry(entry);
-        member(&mut blob, &header(content.len()));
+        member(&mut blob, &header("x", content.len()));
         for (number, chunk) in content.chunks(CHUNK).enumerate() {
             if number > 0 {
                 toc = json!({ "name": entry.path, "type": "chunk", "chunkOffset": number * CHUNK });
@@ -158,7 +158,7 @@ fn blob(layer: &[Entry]) -> (Bytes, Descriptor) {
     }
     let toc_offset = blob.len();
     let toc = serde_json::to_vec(&json!({ "version": 1, "entries": entries })).unwrap();
-    let mut tail = header(toc.len()).to_vec();
+    let mut tail = header("stargz.index.json", toc.len()).to_vec();
     tail.extend_from_slice(&toc);
     tail.resize(tail.len().next_multiple_of(512) + 1024, 0);
     member(&mut blob, &tail);
@@ -173,8 +173,9 @@ fn blob(layer: &[Entry]) -> (Bytes, Descriptor) {
     (blob.into(), descriptor)
 }
 
+/// Stored, not compressed, so that tests find the bytes that they want to flip.
 fn member(blob: &mut Vec<u8>, bytes: &[u8]) {
-    let mut encoder = flate2::write::GzEncoder::new(blob, flate2::Compression::fast());
+    let mut encoder = flate2::write::GzEncoder::new(blob, flate2::Compression::none());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap();
 }
@@ -226,10 +227,10 @@ fn rfc3339((seconds, nanoseconds): (i64, u32)) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanoseconds:09}Z")
 }
 
-/// A header that nobody reads: names come from the table of contents.
-fn header(length: usize) -> [u8; 512] {
+/// A header. Nobody reads those of files, whose names come from the table of contents.
+fn header(name: &str, length: usize) -> [u8; 512] {
     let mut header = [0; 512];
-    header[0] = b'x';
+    header[..name.len()].copy_from_slice(name.as_bytes());
     header[100..108].copy_from_slice(b"0000644\0");
     header[124..136].copy_from_slice(format!("{length:011o}\0").as_bytes());
     header[148..156].copy_from_slice(b"        ");

@@ -14,6 +14,8 @@ use loris_mount::{
     rootfs::{Access, RootFs, RootFsOptions},
 };
 
+use rustix::fs::{FileType, Mode};
+
 use crate::{
     assert_nothing_mounted,
     image::{TestImage, directory, file, noise},
@@ -77,16 +79,26 @@ fn a_user_mounts_through_fusermount() {
     {
         return;
     }
-    let Some(setpriv) = loris_testkit::require_peer(test, "setpriv") else { return };
+    let Some(unshare) = loris_testkit::require_peer(test, "unshare") else { return };
+    if loris_testkit::require_peer(test, "setpriv").is_none() {
+        return;
+    }
     // The user may not be allowed to look into the directory that this program stands in.
     let directory = tempfile::tempdir().unwrap();
     let program = directory.path().join("child");
     fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     chown(directory.path(), Some(USER), Some(USER)).unwrap();
-    let child = Command::new(setpriv)
-        .args([format!("--reuid={USER}"), format!("--regid={USER}"), "--clear-groups".to_owned()])
-        .arg(&program)
+    // Where udev has not opened the device to all users, that is made up for in a mount namespace of the test's own.
+    let device = directory.path().join("fuse");
+    let number = fs::metadata("/dev/fuse").unwrap().rdev();
+    rustix::fs::mknodat(rustix::fs::CWD, &device, FileType::CharacterDevice, Mode::empty(), number).unwrap();
+    fs::set_permissions(&device, fs::Permissions::from_mode(0o666)).unwrap();
+    let script = "mount --bind \"$1\" /dev/fuse && shift \
+        && exec setpriv --reuid=65534 --regid=65534 --clear-groups \"$@\"";
+    let child = Command::new(unshare)
+        .args(["--mount", "--propagation=private", "sh", "-c", script, "sh"])
+        .args([&device, &program])
         .args(["--exact", "user::child_without_privileges", "--nocapture"])
         .env("LORIS_TEST_AS_USER", "1")
         .env("TMPDIR", directory.path())

@@ -610,4 +610,4 @@ fn is_zero(bytes: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

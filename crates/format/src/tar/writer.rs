@@ -288,4 +288,4 @@ fn type_flag(kind: EntryKind) -> u8 {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

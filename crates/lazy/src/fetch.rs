@@ -77,7 +77,10 @@ impl Flights {
         let frames = layer.index.frames();
         let decoded = self.tickets.iter().map(|ticket| frames[ticket.frame.0 as usize].decoded_length).max();
         let memory = layer.gates.memory(range.length.saturating_add(decoded.unwrap_or(0))).await;
-        match layer.fetch(range).await {
+        let fetched = layer.fetch(range).await;
+        // The link must not stand idle while this is decoded.
+        drop(place);
+        match fetched {
             Ok(bytes) => {
                 let decoding = layer.gates.decoder().await;
                 let landing = tokio::task::spawn_blocking(move || {
@@ -89,7 +92,7 @@ impl Flights {
             }
             Err(error) => self.fail(&error),
         }
-        drop((place, memory));
+        drop(memory);
         if layer.cache.take_sync_wanted()
             && let Err(error) = layer.sync().await
         {

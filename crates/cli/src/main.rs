@@ -1,1 +1,144 @@
-fn main() {}
+//! `loris`: starts containers before their images are pulled.
+//!
+//! This crate is the door: it turns a command line into calls of the libraries, shows progress and results, and maps
+//! errors to exit statuses ([`failure`]). What a verb does is not decided here.
+//!
+//! Results go to standard output (one line `REF@sha256:...` from verbs that write an image, or a report with `--json`),
+//! everything else to standard error.
+#![forbid(unsafe_code)]
+
+mod access;
+mod bench;
+mod convert;
+mod copy;
+mod demo;
+mod failure;
+mod fs;
+mod inspect;
+mod measure;
+mod mount;
+mod opened;
+mod progress;
+mod run;
+mod stage;
+mod table;
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+use crate::{access::Access, failure::Outcome};
+
+/// Starts containers before their images are pulled.
+#[derive(Parser)]
+#[command(name = "loris", version, max_term_width = 100, propagate_version = true)]
+struct Arguments {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+/// Options of every verb.
+#[derive(clap::Args, Clone, Debug)]
+pub(crate) struct Global {
+    /// Print a full report as JSON on standard output
+    #[arg(long, global = true)]
+    json: bool,
+    /// Show no progress
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    /// What to log on standard error: error, warn, info, debug, trace, or a filter such as `loris_lazy=debug`
+    #[arg(long, global = true, env = "LORIS_LOG", default_value = "warn", value_name = "FILTER")]
+    log: String,
+    #[command(flatten)]
+    access: Access,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Copy an image between registries, layouts and archives
+    Copy(copy::CopyArguments),
+    /// Copy an image from a registry to a file or directory
+    Pull(copy::PullArguments),
+    /// Copy an image from a file or directory to a registry
+    Push(copy::PushArguments),
+    /// Write an image to an archive
+    Save(copy::SaveArguments),
+    /// Read an image from an archive
+    Load(copy::LoadArguments),
+    /// Convert an image into a lazily pullable one
+    Convert(convert::ConvertArguments),
+    /// Show what each layer really is, and whether it would be lazy
+    Inspect(inspect::InspectArguments),
+    /// Look into an image by range reads, without pulling it
+    #[command(subcommand)]
+    Fs(fs::FsCommand),
+    /// Mount an image lazily at a directory
+    Mount(mount::MountArguments),
+    /// Unmount what `loris mount` has mounted
+    #[command(visible_alias = "unmount")]
+    Umount(mount::UmountArguments),
+    /// Run a container over a lazily mounted image
+    Run(run::RunArguments),
+    /// Measure: lazy against full pull, and conversion against the tools of today
+    Bench(bench::BenchArguments),
+    /// Show the main job on this machine: one image, pulled whole and lazily
+    Demo(demo::DemoArguments),
+    /// Print a completion script for a shell
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// The embedded OCI runtime, as `loris run` calls it
+    #[command(hide = true, name = run::RUNTIME_VERB)]
+    OciRuntime(run::RuntimeArguments),
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let global = arguments.global;
+    // The embedded runtime forks: it must be alone in its process, without the threads that logging and the network bring.
+    if let Verb::OciRuntime(arguments) = &arguments.verb {
+        return run::runtime_main(arguments);
+    }
+    if let Verb::Completion { shell } = arguments.verb {
+        clap_complete::generate(shell, &mut Arguments::command(), "loris", &mut std::io::stdout());
+        return ExitCode::SUCCESS;
+    }
+    start_logging(&global.log);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("loris: can't start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = match arguments.verb {
+        Verb::Copy(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Pull(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Push(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Save(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Load(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Convert(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Inspect(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Fs(command) => runtime.block_on(command.run(&global)),
+        Verb::Mount(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Umount(arguments) => arguments.run(&global),
+        Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Demo(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Completion { .. } | Verb::OciRuntime(_) => Ok(Outcome::Done),
+    };
+    // Background work that is still under way (a prefetch nobody waits for) must not hold up the exit.
+    runtime.shutdown_background();
+    failure::exit(outcome)
+}
+
+fn start_logging(filter: &str) {
+    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|error| {
+        eprintln!("loris: --log {filter:?} is not understood ({error}); logging warnings");
+        tracing_subscriber::EnvFilter::new("warn")
+    });
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+}

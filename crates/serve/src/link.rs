@@ -112,7 +112,11 @@ impl Link {
     /// No port can be had, or no thread.
     pub fn start(options: LinkOptions, upstream: SocketAddr) -> io::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        let listener = runtime.block_on(async { listen() })?;
+        // Entered, not blocked on: the caller may be in a runtime of its own.
+        let listener = {
+            let _entered = runtime.enter();
+            listen()?
+        };
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
             options,

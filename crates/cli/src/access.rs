@@ -1,0 +1,172 @@
+//! From what a user typed to places that hold images: names, credentials, certificates, platforms.
+
+use std::{
+    io::Read as _,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result};
+use clap::{ArgAction, Args};
+use loris_format::digest::Digest;
+use loris_oci::{
+    ImageSink, ImageSource, Platform, Platforms,
+    auth::Credentials,
+    name::{ImageName, OpenOptions, open_sink, open_source},
+    registry::{Client, Config},
+};
+use serde::Serialize;
+
+use crate::{Global, failure::Usage};
+
+/// How registries are reached. The same flags as skopeo's and Podman's.
+#[derive(Args, Clone, Debug)]
+#[command(next_help_heading = "Registries")]
+pub(crate) struct Access {
+    /// Speak plain HTTP to registries (loopback is tried without being asked)
+    #[arg(long, global = true)]
+    plain_http: bool,
+    /// Verify registries' certificates
+    #[arg(long, global = true, action = ArgAction::Set, default_value_t = true, num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_name = "BOOL")]
+    tls_verify: bool,
+    /// A certificate authority to trust, in a PEM file
+    #[arg(long, global = true, value_name = "FILE")]
+    ca: Vec<PathBuf>,
+    /// A directory with certificates for registries: `*.crt`, `*.cert`, `*.key`
+    #[arg(long, global = true, value_name = "DIR")]
+    cert_dir: Option<PathBuf>,
+    /// The file with credentials; where it is not given, Podman's and Docker's
+    #[arg(long, global = true, value_name = "FILE")]
+    authfile: Option<PathBuf>,
+    /// User name and password for registries
+    #[arg(long, global = true, env = "LORIS_CREDS", hide_env_values = true, value_name = "USER[:PASSWORD]")]
+    creds: Option<Secret>,
+}
+
+/// What must not be seen in a log.
+#[derive(Clone)]
+struct Secret(String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Self(text)
+    }
+}
+
+/// Which platforms a verb is about.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct Selection {
+    /// Only these platforms, such as `linux/amd64,linux/arm64`; all of them where it is not given
+    #[arg(long, value_name = "PLATFORM", value_delimiter = ',')]
+    platform: Vec<Platform>,
+    /// All platforms: what is done anyway
+    #[arg(long, conflicts_with = "platform")]
+    all_platforms: bool,
+}
+
+impl Selection {
+    pub(crate) fn platforms(&self) -> Platforms {
+        if self.platform.is_empty() { Platforms::All } else { Platforms::Only(self.platform.clone()) }
+    }
+}
+
+/// The one platform of an image that a verb is about.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct OnePlatform {
+    /// The platform, such as `linux/arm64`; this machine's where it is not given
+    #[arg(long, value_name = "PLATFORM")]
+    platform: Option<Platform>,
+}
+
+impl OnePlatform {
+    pub(crate) fn wanted(&self) -> Option<&Platform> {
+        self.platform.as_ref()
+    }
+}
+
+impl Access {
+    /// Opens the place that holds an image.
+    pub(crate) async fn source(&self, name: &str) -> Result<Arc<dyn ImageSource>> {
+        let options = OpenOptions::new(self.client()?);
+        open_source(&parse(name)?, &options).await.with_context(|| format!("opening {name}"))
+    }
+
+    /// Opens the place that an image is written to.
+    pub(crate) async fn sink(&self, name: &str) -> Result<Arc<dyn ImageSink>> {
+        let options = OpenOptions::new(self.client()?);
+        open_sink(&parse(name)?, &options).await.with_context(|| format!("writing {name}"))
+    }
+
+    fn client(&self) -> Result<Client> {
+        let mut config = Config {
+            plain_http: self.plain_http,
+            tls_verify: self.tls_verify,
+            ca_files: self.ca.clone(),
+            cert_dir: self.cert_dir.clone(),
+            ..Config::default()
+        };
+        if let Some(file) = &self.authfile {
+            config.environment.auth_file = Some(file.clone());
+        }
+        if let Some(Secret(text)) = &self.creds {
+            let (user, password) = text.split_once(':').unwrap_or((text, ""));
+            config.credentials = Some(Credentials::Basic { username: user.to_owned(), password: password.to_owned() });
+        }
+        Ok(Client::new(config)?)
+    }
+}
+
+fn parse(name: &str) -> Result<ImageName> {
+    name.parse().map_err(|error: loris_oci::Error| Usage(error.to_string()).into())
+}
+
+/// Says whether a name begins with a transport, as `oci:` is.
+pub(crate) fn has_transport(name: &str) -> bool {
+    name.starts_with("docker://") || parse(name).is_ok_and(|name| !matches!(name, ImageName::Registry(_)))
+}
+
+/// Tells an archive of `docker save` by its first entries. Newer ones are OCI archives too, and are read as such.
+pub(crate) fn is_docker_archive(path: &Path) -> bool {
+    const SCANNED_BYTES: u64 = 1 << 20;
+    let Ok(file) = std::fs::File::open(path) else { return false };
+    let limits = loris_format::limits::Limits::default();
+    let mut reader = loris_format::tar::Reader::new(file.take(SCANNED_BYTES), &limits);
+    let mut docker = false;
+    while let Ok(Some(entry)) = reader.next_entry() {
+        match entry.path.as_slice() {
+            b"oci-layout" => return false,
+            b"manifest.json" => docker = true,
+            _ => {}
+        }
+    }
+    docker
+}
+
+/// Prints what a verb that writes an image prints: one line, or with `--json` the whole report.
+pub(crate) fn print_written(global: &Global, name: &str, digest: &Digest, report: &impl Serialize) -> Result<()> {
+    let written = match parse(name)? {
+        // What is on standard output is the image itself.
+        ImageName::Standard => {
+            eprintln!("{digest}");
+            return Ok(());
+        }
+        name => name.with_digest(*digest),
+    };
+    if global.json {
+        let mut value = serde_json::to_value(report)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("name".into(), written.to_string().into());
+        }
+        println!("{}", serde_json::to_string_pretty(&value)?);
+    } else {
+        println!("{written}");
+    }
+    Ok(())
+}

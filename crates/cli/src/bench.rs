@@ -1,0 +1,405 @@
+//! `bench`: figures, each as a ratio against a peer or a limit in the same run.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::{Args, Subcommand};
+use loris_convert::copy::{CopyOptions, copy_image};
+use loris_format::limits::Limits;
+use loris_oci::{ImageSource, platform};
+use serde::Serialize;
+
+use crate::{
+    Global,
+    failure::{self, Outcome},
+    measure::{Measured, measure, median},
+    progress::Bars,
+    stage::{Crossed, LinkArguments, Stage, ourselves},
+    table::{bytes, table},
+};
+
+/// Measure: lazy against full pull, and conversion against the tools of today.
+#[derive(Args)]
+pub(crate) struct BenchArguments {
+    #[command(subcommand)]
+    subject: Subject,
+}
+
+#[derive(Subcommand)]
+enum Subject {
+    /// Conversion to eStargz: this program and `ctr-remote image convert --estargz`, in turn
+    Convert(ConvertBench),
+    /// A program started lazily and after a full pull, in turn
+    Run(RunBench),
+    /// What `inspect`, `fs ls` and `fs cat` ask of a registry that is far away
+    Look(LookBench),
+}
+
+/// Conversion.
+#[derive(Args)]
+struct ConvertBench {
+    /// The image, not yet converted: an OCI layout or archive
+    image: String,
+    /// Runs of each
+    #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+}
+
+/// Starting a program.
+#[derive(Args)]
+struct RunBench {
+    /// The image, lazily pullable
+    image: String,
+    /// The program and its arguments; the image's own where none are given
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    command: Vec<String>,
+    /// Runs of each
+    #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
+    runs: u32,
+    #[command(flatten)]
+    link: LinkArguments,
+}
+
+/// Looking into an image.
+#[derive(Args)]
+struct LookBench {
+    /// The image, lazily pullable
+    image: String,
+    /// A small file in it, for `fs cat`
+    file: String,
+    #[command(flatten)]
+    link: LinkArguments,
+}
+
+impl BenchArguments {
+    pub(crate) async fn run(self, global: &Global) -> failure::Result {
+        match self.subject {
+            Subject::Convert(bench) => bench.run(global).await,
+            Subject::Run(bench) => bench.run(global).await,
+            Subject::Look(bench) => bench.run(global).await,
+        }
+    }
+}
+
+/// The image's name in the stage's registry.
+const REPOSITORY: &str = "bench/image:latest";
+
+impl RunBench {
+    async fn run(self, global: &Global) -> failure::Result {
+        let stage = Stage::set(self.link.options())?;
+        let image_bytes = put(global, &self.image, &stage.direct(REPOSITORY)).await?;
+        let mut full = Vec::new();
+        let mut lazy = Vec::new();
+        for turn in 0..self.runs {
+            // Each has an empty cache of its own; in turn, so that a machine that slows down slows both.
+            full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy"]).context("full pull")?);
+            lazy.push(self.start(&stage, &format!("lazy{turn}"), &[]).context("lazy start")?);
+        }
+        stage.clear().await?;
+        let report = RunReport {
+            image_bytes,
+            link: self.link.to_string(),
+            full_pull: Medians::of(&full),
+            lazy: Medians::of(&lazy),
+        };
+        report.print(global)?;
+        Ok(Outcome::Done)
+    }
+
+    fn start(&self, stage: &Stage, cache: &str, flags: &[&str]) -> Result<Crossed> {
+        let mut command = ourselves()?;
+        command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
+        command.args(flags).arg(stage.linked(REPOSITORY)).args(&self.command);
+        stage.run(&mut command)
+    }
+}
+
+#[derive(Serialize)]
+struct RunReport {
+    image_bytes: u64,
+    link: String,
+    full_pull: Medians,
+    lazy: Medians,
+}
+
+/// Medians over the runs.
+#[derive(Serialize)]
+struct Medians {
+    first_output_seconds: f64,
+    seconds: f64,
+    bytes: f64,
+    requests: f64,
+    peak_memory_bytes: f64,
+}
+
+impl Medians {
+    fn of(runs: &[Crossed]) -> Self {
+        let over = |figure: fn(&Crossed) -> f64| median(runs.iter().map(figure));
+        Self {
+            first_output_seconds: over(|run| run.seconds),
+            seconds: over(|run| run.measured.seconds),
+            bytes: over(|run| run.bytes as f64),
+            requests: over(|run| run.requests as f64),
+            peak_memory_bytes: over(|run| run.measured.peak_bytes as f64),
+        }
+    }
+
+    fn row(&self, name: &str) -> Vec<String> {
+        vec![
+            name.to_owned(),
+            format!("{:.2} s", self.first_output_seconds),
+            format!("{:.2} s", self.seconds),
+            whole_bytes(self.bytes),
+            format!("{:.0}", self.requests),
+            whole_bytes(self.peak_memory_bytes),
+        ]
+    }
+}
+
+/// Medians of whole numbers are whole or halves; no figure of a benchmark reaches 2^53.
+fn whole_bytes(figure: f64) -> String {
+    bytes(figure as u64)
+}
+
+impl RunReport {
+    fn print(&self, global: &Global) -> Result<()> {
+        if global.json {
+            println!("{}", serde_json::to_string_pretty(self)?);
+            return Ok(());
+        }
+        let head = ["", ">first output", ">end", ">fetched", ">requests", ">memory"].map(str::to_owned).to_vec();
+        print!("{}", table(&[head, self.full_pull.row("full pull"), self.lazy.row("lazy")]));
+        println!(
+            "image of {} over {}: lazily {:.2} of the time and {:.3} of the bytes of a full pull",
+            bytes(self.image_bytes),
+            self.link,
+            self.lazy.first_output_seconds / self.full_pull.first_output_seconds,
+            self.lazy.bytes / self.full_pull.bytes
+        );
+        Ok(())
+    }
+}
+
+impl LookBench {
+    async fn run(self, global: &Global) -> failure::Result {
+        let stage = Stage::set(self.link.options())?;
+        let image_bytes = put(global, &self.image, &stage.direct(REPOSITORY)).await?;
+        let reference = stage.linked(REPOSITORY);
+        let mut rows = Vec::new();
+        for (cache, words) in [
+            ("inspect", vec!["inspect", &reference]),
+            ("ls", vec!["fs", "ls", &reference]),
+            ("cat", vec!["fs", "cat", &reference, &self.file]),
+            ("cat", vec!["fs", "cat", &reference, &self.file]),
+        ] {
+            let mut command = ourselves()?;
+            command.args(words).args(["--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
+            let crossed = stage.run(&mut command).with_context(|| cache.to_owned())?;
+            let name = if rows.iter().any(|(name, _)| *name == cache) { "cat again" } else { cache };
+            rows.push((name, crossed));
+        }
+        stage.clear().await?;
+        if global.json {
+            let report: std::collections::BTreeMap<_, _> = rows.into_iter().collect();
+            println!("{}", serde_json::to_string_pretty(&report)?);
+            return Ok(Outcome::Done);
+        }
+        let head = ["", ">time", ">fetched", ">requests"].map(str::to_owned).to_vec();
+        let lines = rows.iter().map(|(name, crossed)| {
+            let time = format!("{:.3} s", crossed.measured.seconds);
+            vec![(*name).to_owned(), time, bytes(crossed.bytes), crossed.requests.to_string()]
+        });
+        print!("{}", table(&std::iter::once(head).chain(lines).collect::<Vec<_>>()));
+        println!("image of {} over {}", bytes(image_bytes), self.link);
+        Ok(Outcome::Done)
+    }
+}
+
+impl ConvertBench {
+    async fn run(self, global: &Global) -> failure::Result {
+        let folder = tempfile::Builder::new().prefix("loris-bench.").tempdir().context("making a temporary folder")?;
+        let archive = format!("oci-archive:{}:bench/image:plain", folder.path().join("plain.tar").display());
+        let plain_bytes = put(global, &self.image, &archive).await?;
+        let peer = Peer::start(folder.path(), &folder.path().join("plain.tar"));
+        if let Err(error) = &peer {
+            eprintln!("the peer takes no part: {error:#}");
+        }
+        let (mut ours, mut theirs) = (Vec::new(), Vec::new());
+        let mut our_bytes = 0;
+        for turn in 0..self.runs {
+            let target = format!("oci-archive:{}:bench/image:ours", folder.path().join("ours.tar").display());
+            let mut command = ourselves()?;
+            command.args(["convert", "--estargz", "--oci", &archive, &target]);
+            ours.push(tokio::task::block_in_place(|| measure(&mut command))?);
+            our_bytes = layer_bytes(&*global.access.source(&target).await?).await?;
+            if let Ok(peer) = &peer {
+                theirs.push(tokio::task::block_in_place(|| measure(&mut peer.convert(turn)))?);
+            }
+        }
+        let their_bytes = match &peer {
+            Ok(peer) => {
+                let exported = peer.export(folder.path())?;
+                layer_bytes(&*global.access.source(&exported).await?).await?
+            }
+            Err(_) => 0,
+        };
+        let report = ConvertReport::new(plain_bytes, (our_bytes, &ours), (their_bytes, &theirs));
+        report.print(global)?;
+        Ok(Outcome::Done)
+    }
+}
+
+#[derive(Serialize)]
+struct ConvertReport {
+    source_bytes: u64,
+    loris: Conversion,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ctr_remote: Option<Conversion>,
+}
+
+#[derive(Serialize)]
+struct Conversion {
+    seconds: f64,
+    peak_memory_bytes: f64,
+    layer_bytes: u64,
+}
+
+impl ConvertReport {
+    fn new(source_bytes: u64, ours: (u64, &[Measured]), theirs: (u64, &[Measured])) -> Self {
+        let conversion = |(layer_bytes, runs): (u64, &[Measured])| Conversion {
+            seconds: median(runs.iter().map(|run| run.seconds)),
+            peak_memory_bytes: median(runs.iter().map(|run| run.peak_bytes as f64)),
+            layer_bytes,
+        };
+        let ctr_remote = (!theirs.1.is_empty()).then(|| conversion(theirs));
+        Self { source_bytes, loris: conversion(ours), ctr_remote }
+    }
+
+    fn print(&self, global: &Global) -> Result<()> {
+        if global.json {
+            println!("{}", serde_json::to_string_pretty(self)?);
+            return Ok(());
+        }
+        let row = |name: &str, conversion: &Conversion| {
+            vec![
+                name.to_owned(),
+                format!("{:.2} s", conversion.seconds),
+                bytes(conversion.layer_bytes),
+                whole_bytes(conversion.peak_memory_bytes),
+            ]
+        };
+        let mut rows = vec![["", ">time", ">layers", ">memory"].map(str::to_owned).to_vec(), row("loris", &self.loris)];
+        rows.extend(self.ctr_remote.iter().map(|theirs| row("ctr-remote", theirs)));
+        print!("{}", table(&rows));
+        if let Some(theirs) = &self.ctr_remote {
+            println!(
+                "{:.2} times the speed of ctr-remote, output {:+.2} %",
+                theirs.seconds / self.loris.seconds,
+                100.0 * (self.loris.layer_bytes as f64 / theirs.layer_bytes as f64 - 1.0)
+            );
+        }
+        Ok(())
+    }
+}
+
+/// A containerd of our own, which `ctr-remote` needs. It ends with this value.
+struct Peer {
+    daemon: Child,
+    socket: PathBuf,
+}
+
+/// The image's name in containerd.
+const PLAIN: &str = "docker.io/bench/image:plain";
+const THEIRS: &str = "docker.io/bench/image:theirs";
+
+impl Peer {
+    fn start(folder: &Path, archive: &Path) -> Result<Self> {
+        for program in ["containerd", "ctr", "ctr-remote"] {
+            let found = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status();
+            ensure!(found.is_ok_and(|status| status.success()), "{program} is not installed (cargo xtask peers)");
+        }
+        let folder = folder.join("containerd");
+        std::fs::create_dir(&folder)?;
+        let socket = folder.join("socket");
+        let config = folder.join("config.toml");
+        let text = format!(
+            "version = 2\nroot = {:?}\nstate = {:?}\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = {:?}\n",
+            folder.join("root"),
+            folder.join("state"),
+            socket
+        );
+        std::fs::write(&config, text)?;
+        let daemon = Command::new("containerd")
+            .arg("--config")
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .context("starting containerd")?;
+        let peer = Self { daemon, socket };
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while !peer.ctr("ctr", &["version"]).output().is_ok_and(|output| output.status.success()) {
+            ensure!(Instant::now() < deadline, "containerd does not answer");
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        let path = archive.display().to_string();
+        let output = peer.ctr("ctr", &["images", "import", "--no-unpack", "--index-name", PLAIN, &path]).output()?;
+        if !output.status.success() {
+            bail!("importing the image: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(peer)
+    }
+
+    fn ctr(&self, program: &str, arguments: &[&str]) -> Command {
+        let mut command = Command::new(program);
+        command.arg("--address").arg(&self.socket).args(arguments);
+        command
+    }
+
+    fn convert(&self, turn: u32) -> Command {
+        // Content that is there is not converted again: each turn has a namespace of its own, which shares the source.
+        let _ = turn;
+        self.ctr("ctr-remote", &["image", "convert", "--estargz", "--oci", PLAIN, THEIRS])
+    }
+
+    fn export(&self, folder: &Path) -> Result<String> {
+        let path = folder.join("theirs.tar").display().to_string();
+        let output = self.ctr("ctr", &["images", "export", &path, THEIRS]).output()?;
+        if !output.status.success() {
+            bail!("exporting the peer's image: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(format!("oci-archive:{path}"))
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // SIGTERM, so that it takes its mounts down; by its id.
+        if let Ok(id) = i32::try_from(self.daemon.id())
+            && let Some(id) = rustix::process::Pid::from_raw(id)
+        {
+            let _ = rustix::process::kill_process(id, rustix::process::Signal::TERM);
+        }
+        let _ = self.daemon.wait();
+    }
+}
+
+/// Copies an image and returns the size of its layers.
+async fn put(global: &Global, from: &str, to: &str) -> Result<u64> {
+    let source = global.access.source(from).await?;
+    let sink = global.access.sink(to).await?;
+    let bars = Bars::new(global);
+    copy_image(&*source, &*sink, &CopyOptions::default(), &bars).await?;
+    bars.finish();
+    layer_bytes(&*source).await
+}
+
+async fn layer_bytes(source: &dyn ImageSource) -> Result<u64> {
+    let (_, manifest) = platform::resolve_manifest(source, None, &Limits::default()).await?;
+    Ok(manifest.layers.iter().map(|layer| layer.size).sum())
+}

@@ -1,0 +1,115 @@
+//! `convert`: any image into a lazily pullable one. Flags are nerdctl's.
+
+use std::{
+    io::BufReader,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context as _;
+use clap::Args;
+use loris_convert::{
+    image::{ConvertOptions, Target, convert_image},
+    layer::{LayerOptions, MAX_CHUNK_BYTES},
+    record::Record,
+};
+use loris_format::{compression::GzipLevel, limits::Limits};
+
+use crate::{
+    Global,
+    access::{self, Selection},
+    failure::{self, Outcome, Usage},
+    progress::Bars,
+};
+
+/// Convert an image into a lazily pullable one.
+///
+/// All platforms are converted unless some are chosen. Without a format, eStargz is made.
+#[derive(Args)]
+pub(crate) struct ConvertArguments {
+    /// The image: a registry's `name:tag`, `oci:DIR[:TAG]`, `oci-archive:FILE`, `docker-archive:FILE`, or `-`
+    source: String,
+    /// The new image's name
+    destination: String,
+    /// Make eStargz layers
+    #[arg(long, conflicts_with = "uncompress")]
+    estargz: bool,
+    /// Strength of compression on zlib's scale: 0 to 9, or -1 for its default
+    #[arg(long, default_value_t = 9, value_name = "LEVEL", allow_negative_numbers = true)]
+    estargz_compression_level: i32,
+    /// Uncompressed bytes of a chunk; 0 for the usual 4 MiB
+    #[arg(long, default_value_t = 0, value_name = "BYTES")]
+    estargz_chunk_size: u64,
+    /// Files that a workload reads, as `ctr-remote` records them: they come first in their layers
+    #[arg(long, value_name = "FILE")]
+    estargz_record_in: Option<PathBuf>,
+    /// Turn Docker's media types into OCI's
+    #[arg(long)]
+    oci: bool,
+    /// Make uncompressed layers
+    #[arg(long)]
+    uncompress: bool,
+    /// Threads that compress; all processors where it is not given. The output is the same
+    #[arg(long, value_name = "COUNT")]
+    threads: Option<NonZeroUsize>,
+    /// Leave out what refers to the image (signatures, indexes)
+    #[arg(long)]
+    no_referrers: bool,
+    #[command(flatten)]
+    selection: Selection,
+}
+
+/// What `loris convert` does without flags.
+pub(crate) fn defaults() -> ConvertOptions {
+    ConvertOptions { target: Target::Estargz(LayerOptions::default()), ..ConvertOptions::default() }
+}
+
+impl ConvertArguments {
+    pub(crate) async fn run(self, global: &Global) -> failure::Result {
+        let source = global.access.source(&self.source).await?;
+        let options = self.options()?;
+        let sink = global.access.sink(&self.destination).await?;
+        let bars = Bars::new(global);
+        let report = convert_image(&*source, &*sink, &options, &bars)
+            .await
+            .with_context(|| format!("converting {}", self.source))?;
+        bars.finish();
+        access::print_written(global, &self.destination, &report.digest, &report)?;
+        Ok(Outcome::Done)
+    }
+
+    fn options(&self) -> anyhow::Result<ConvertOptions> {
+        let chunk_bytes = match self.estargz_chunk_size {
+            0 => LayerOptions::default().chunk_bytes,
+            asked if asked <= MAX_CHUNK_BYTES => asked,
+            asked => {
+                return Err(Usage(format!("--estargz-chunk-size {asked}: the largest is {MAX_CHUNK_BYTES}")).into());
+            }
+        };
+        let level = GzipLevel::new(self.estargz_compression_level)
+            .map_err(|error| Usage(format!("--estargz-compression-level: {error}")))?;
+        let target = if self.uncompress {
+            Target::Uncompressed
+        } else if self.oci && !self.estargz && self.estargz_record_in.is_none() {
+            // As nerdctl: `--oci` alone changes media types and nothing else.
+            Target::Keep
+        } else {
+            Target::Estargz(LayerOptions { level, chunk_bytes, ..LayerOptions::default() })
+        };
+        let record = self.estargz_record_in.as_ref().map(|path| record(path)).transpose()?;
+        Ok(ConvertOptions {
+            target,
+            oci: self.oci,
+            platforms: self.selection.platforms(),
+            referrers: !self.no_referrers,
+            record,
+            threads: self.threads,
+            ..ConvertOptions::default()
+        })
+    }
+}
+
+fn record(path: &Path) -> anyhow::Result<Record> {
+    let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
+    Record::read(BufReader::new(file), &Limits::default()).with_context(|| path.display().to_string())
+}

@@ -1,0 +1,163 @@
+//! `mount` and `umount`: a lazy root file system at a directory.
+//!
+//! A mount needs a process that serves it. Without `--foreground` the command starts itself once more in the background,
+//! waits until that one says that the mount is live, and ends.
+
+use std::{
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use loris_mount::rootfs::{Access, RootFs, RootFsOptions};
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::{
+    Global,
+    access::OnePlatform,
+    failure::{self, Outcome},
+    opened::{OpenLazily, Opened},
+};
+
+/// Mount an image lazily at a directory.
+#[derive(Args)]
+pub(crate) struct MountArguments {
+    /// The image
+    image: String,
+    /// An existing directory
+    directory: PathBuf,
+    /// Let the mount be written to; changes are thrown away when it is unmounted
+    #[arg(long)]
+    rw: bool,
+    /// Let the mount be written to, and keep the changes in this directory
+    #[arg(long, value_name = "DIR", conflicts_with = "rw")]
+    upper: Option<PathBuf>,
+    /// Serve the mount from this process, until it is unmounted or interrupted
+    #[arg(long, short)]
+    foreground: bool,
+    /// Where the serving process in the background writes its log
+    #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
+    log_file: Option<PathBuf>,
+    #[command(flatten)]
+    platform: OnePlatform,
+    #[command(flatten)]
+    open: OpenLazily,
+}
+
+/// Unmount what `loris mount` has mounted.
+#[derive(Args)]
+pub(crate) struct UmountArguments {
+    /// The directory
+    directory: PathBuf,
+}
+
+/// Set for the process in the background: how it knows that somebody waits for its word.
+const BACKGROUND: &str = "LORIS_MOUNT_BACKGROUND";
+/// The word.
+const READY: &str = "ready";
+
+impl MountArguments {
+    pub(crate) async fn run(self, global: &Global) -> failure::Result {
+        if std::env::var_os(BACKGROUND).is_some() {
+            return self.serve(global, true).await;
+        }
+        if self.foreground {
+            return self.serve(global, false).await;
+        }
+        start_in_background(&self.directory)
+    }
+
+    async fn serve(self, global: &Global, background: bool) -> failure::Result {
+        // Before the mount exists, so that no signal finds it without its handler.
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let opened = Opened::open(global, &self.image, &self.platform, &self.open).await?;
+        let access = match (&self.upper, self.rw) {
+            (Some(directory), _) => Access::Keep(std::path::absolute(directory)?),
+            (None, true) => Access::Discard,
+            (None, false) => Access::ReadOnly,
+        };
+        let options = RootFsOptions { mountpoint: Some(self.directory.clone()), access, ..RootFsOptions::read_only() };
+        let runtime = tokio::runtime::Handle::current();
+        let root = RootFs::assemble(Arc::new(opened.tree()), opened.layers().to_vec(), &options, &runtime)
+            .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
+        if background {
+            tell_ready(self.log_file.as_deref())?;
+        } else if !global.quiet {
+            eprintln!("{} is mounted at {}; interrupt to unmount it", self.image, root.path().display());
+        }
+        tokio::select! {
+            () = root.ended() => {}
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        root.unmount().context("unmounting")?;
+        for layer in opened.layers() {
+            layer.sync().await.context("keeping what was fetched")?;
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+impl UmountArguments {
+    pub(crate) fn run(self, global: &Global) -> failure::Result {
+        let unmounted = loris_mount::rootfs::unmount_at(&self.directory)
+            .with_context(|| format!("unmounting {}", self.directory.display()))?;
+        if unmounted == loris_mount::mounts::Unmounted::Detached && !global.quiet {
+            eprintln!("{} is still in use; it was detached and goes when its users do", self.directory.display());
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+fn start_in_background(directory: &Path) -> failure::Result {
+    let program = std::env::current_exe().context("finding this program")?;
+    let mut child = Command::new(program)
+        .args(std::env::args_os().skip(1))
+        .env(BACKGROUND, "1")
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("starting the process that serves the mount")?;
+    let output = child.stdout.take().context("no output of the serving process")?;
+    let mut line = String::new();
+    BufReader::new(output.take(64)).read_line(&mut line)?;
+    if line.trim() == READY {
+        return Ok(Outcome::Done);
+    }
+    let status = child.wait()?;
+    let mut said = String::new();
+    if let Some(errors) = child.stderr.take() {
+        errors.take(64 << 10).read_to_string(&mut said)?;
+    }
+    // It has said what is wrong, in our own form.
+    eprint!("{said}");
+    match status.code() {
+        Some(3) => Err(failure::Refused(format!("{} is not mounted", directory.display())).into()),
+        _ => bail!("{} is not mounted", directory.display()),
+    }
+}
+
+/// Tells the process in the foreground that the mount is live, and lets go of its standard streams and its terminal.
+fn tell_ready(log: Option<&Path>) -> anyhow::Result<()> {
+    let rest = match log {
+        Some(path) => std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(path)
+            .with_context(|| path.display().to_string())?,
+        None => std::fs::OpenOptions::new().write(true).open("/dev/null")?,
+    };
+    let mut output = std::io::stdout();
+    writeln!(output, "{READY}")?;
+    output.flush()?;
+    // A process that already leads its group stays in its session; it was not started from a shell then.
+    let _ = rustix::process::setsid();
+    rustix::stdio::dup2_stdout(&rest)?;
+    rustix::stdio::dup2_stderr(&rest)?;
+    Ok(())
+}

@@ -1,0 +1,125 @@
+//! Opening an image lazily, as `fs`, `mount`, `run` and `inspect` do.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context as _;
+use clap::Args;
+use loris_format::tree::Tree;
+use loris_lazy::{LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, Trust, open_image};
+use loris_oci::{Document, ImageSource, platform};
+
+use crate::{Global, access::OnePlatform, failure::Refused};
+
+/// How an image is opened lazily.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct OpenLazily {
+    /// Serve layers whose content no digest in the manifest vouches for
+    #[arg(long)]
+    allow_unverified: bool,
+    /// Where content that was read is kept
+    #[arg(long, env = "LORIS_CACHE_DIR", value_name = "DIR")]
+    cache_dir: Option<PathBuf>,
+}
+
+impl OpenLazily {
+    pub(crate) fn store(&self) -> anyhow::Result<Store> {
+        let directory = self.cache_dir.clone().unwrap_or_else(default_store);
+        Store::open(&directory).with_context(|| format!("opening the cache {}", directory.display()))
+    }
+
+    pub(crate) fn options(&self) -> OpenOptions {
+        let trust = if self.allow_unverified { Trust::Anything } else { Trust::Vouched };
+        OpenOptions { trust, ..OpenOptions::default() }
+    }
+}
+
+/// `/var/lib/loris` for root; `$XDG_CACHE_HOME/loris` or `~/.cache/loris` for everyone else.
+fn default_store() -> PathBuf {
+    if rustix::process::geteuid().is_root() {
+        return "/var/lib/loris".into();
+    }
+    let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    cache.unwrap_or_else(|| std::env::home_dir().unwrap_or_else(|| "/tmp".into()).join(".cache")).join("loris")
+}
+
+/// One image of a source whose layers were all looked at.
+pub(crate) struct Looked {
+    /// Where it is.
+    pub source: Arc<dyn ImageSource>,
+    /// Its manifest, as it is stored.
+    pub document: Document,
+    /// Its layers, and why some are not lazy.
+    pub image: OpenedImage,
+}
+
+impl Looked {
+    pub(crate) async fn open(
+        global: &Global,
+        name: &str,
+        platform: &OnePlatform,
+        open: &OpenLazily,
+        store: &Store,
+    ) -> anyhow::Result<Self> {
+        let source = global.access.source(name).await?;
+        let options = open.options();
+        let (document, manifest) = platform::resolve_manifest(&*source, platform.wanted(), &options.limits)
+            .await
+            .with_context(|| format!("opening {name}"))?;
+        let image = open_image(source.clone(), &manifest, store, &options).await?;
+        Ok(Self { source, document, image })
+    }
+}
+
+impl Looked {
+    /// Returns why the image can't be used lazily, where it is of another kind; an image that claims to be lazy and is
+    /// corrupt is not meant.
+    pub(crate) fn why_not_lazy(&self) -> Option<String> {
+        self.image.layers.iter().find_map(|opened| match &opened.layer {
+            Err(error @ LayerError::NotLazy { .. }) => Some(error.to_string()),
+            _ => None,
+        })
+    }
+}
+
+/// An image all of whose layers are lazy.
+pub(crate) struct Opened {
+    image: LazyImage,
+}
+
+impl Opened {
+    /// Opens an image.
+    ///
+    /// # Errors
+    /// Where one of its layers is not lazy; the message says which, why, and what to do.
+    pub(crate) async fn open(
+        global: &Global,
+        name: &str,
+        platform: &OnePlatform,
+        open: &OpenLazily,
+    ) -> anyhow::Result<Self> {
+        let store = open.store()?;
+        let looked = Looked::open(global, name, platform, open, &store).await?;
+        Self::from_looked(looked.image, name)
+    }
+
+    pub(crate) fn from_looked(image: OpenedImage, name: &str) -> anyhow::Result<Self> {
+        match image.into_lazy() {
+            Ok(image) => Ok(Self { image }),
+            Err(error @ (LayerError::Unvouched { .. } | LayerError::Undigested { .. })) => {
+                Err(Refused(format!("{name}: {error} (--allow-unverified)")).into())
+            }
+            Err(error) => Err(anyhow::Error::new(error).context(format!("opening {name}"))),
+        }
+    }
+
+    /// Returns all layers as one tree.
+    pub(crate) fn tree(&self) -> Tree {
+        let indexes: Vec<_> = self.image.layers.iter().map(|layer| layer.index()).collect();
+        Tree::merged(&indexes)
+    }
+
+    /// Returns the layers, the lowest first.
+    pub(crate) fn layers(&self) -> &[Arc<LazyLayer>] {
+        &self.image.layers
+    }
+}

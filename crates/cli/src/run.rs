@@ -1,0 +1,237 @@
+//! `run`: a container over a lazily mounted image.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::Context as _;
+use clap::{Args, ValueEnum};
+use loris_container::{
+    embedded,
+    runtime::{NOT_STARTED, Runner, Runtime, Streams, forwarded_signals},
+    spec::{Container, Network, Volume, Wishes},
+};
+use loris_mount::rootfs::{self, RootFs, RootFsOptions};
+
+use crate::{
+    Global,
+    access::OnePlatform,
+    failure::{self, Outcome, Usage},
+    opened::{Looked, OpenLazily, Opened},
+    progress::Bars,
+};
+
+mod full;
+
+/// The hidden verb under which the embedded runtime is this program again.
+pub(crate) const RUNTIME_VERB: &str = "oci-runtime";
+
+/// Run a container over a lazily mounted image.
+///
+/// The exit status is the container's; 125 where it could not be started, 126 and 127 where its program could not.
+#[derive(Args)]
+pub(crate) struct RunArguments {
+    /// The image
+    image: String,
+    /// The program and its arguments, instead of the image's
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "COMMAND")]
+    command: Vec<String>,
+    /// Remove the container when it ends: what is done anyway
+    #[arg(long)]
+    rm: bool,
+    /// Pass standard input on
+    #[arg(long, short)]
+    interactive: bool,
+    /// Give it a terminal
+    #[arg(long, short)]
+    tty: bool,
+    /// Set an environment variable; a name alone takes the value from here
+    #[arg(long, short, value_name = "NAME[=VALUE]")]
+    env: Vec<String>,
+    /// Show a directory or file of this machine in the container
+    #[arg(long, short, value_name = "SOURCE:TARGET[:ro|:rw]", value_parser = volume)]
+    volume: Vec<Volume>,
+    /// The working directory
+    #[arg(long, short, value_name = "DIR")]
+    workdir: Option<String>,
+    /// The user, and perhaps the group
+    #[arg(long, short, value_name = "USER[:GROUP]")]
+    user: Option<String>,
+    /// The network
+    #[arg(long, visible_alias = "network", value_enum, default_value_t = Net::Host)]
+    net: Net,
+    /// The program, instead of the image's entry point
+    #[arg(long, value_name = "PROGRAM")]
+    entrypoint: Option<String>,
+    /// Let the root file system not be written to
+    #[arg(long)]
+    read_only: bool,
+    /// The container's name for itself
+    #[arg(long, value_name = "NAME")]
+    hostname: Option<String>,
+    /// An installed OCI runtime instead of the embedded one: `crun`, `runc`, or a path
+    #[arg(long, value_name = "RUNTIME")]
+    runtime: Option<PathBuf>,
+    /// Pull and unpack the whole image before the start
+    #[arg(long)]
+    no_lazy: bool,
+    #[command(flatten)]
+    platform: OnePlatform,
+    #[command(flatten)]
+    open: OpenLazily,
+}
+
+/// What network a container has.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Net {
+    /// This machine's
+    Host,
+    /// None but its own loopback
+    None,
+}
+
+/// The embedded OCI runtime's own arguments.
+#[derive(Args)]
+pub(crate) struct RuntimeArguments {
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// What a container's root file system is made of; taken down when it is dropped.
+enum Root {
+    Lazy(RootFs, Opened),
+    Full(full::Unpacked),
+}
+
+impl RunArguments {
+    pub(crate) async fn run(self, global: &Global) -> failure::Result {
+        // Before anything is mounted, so that no signal finds it without its handler.
+        let signals = forwarded_signals().context("taking signals")?;
+        match self.start(global, signals).await {
+            Ok(status) => Ok(Outcome::Container(status)),
+            Err(error) if error.is::<Usage>() || error.is::<failure::Refused>() => Err(error),
+            Err(error) => {
+                failure::print(&error);
+                Ok(Outcome::Container(NOT_STARTED))
+            }
+        }
+    }
+
+    async fn start(
+        self,
+        global: &Global,
+        signals: tokio::sync::mpsc::Receiver<rustix::process::Signal>,
+    ) -> anyhow::Result<u8> {
+        let runtime = self.find_runtime()?;
+        let store = self.open.store()?;
+        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store).await?;
+        let process = looked.image.config.config.clone();
+        let root = self.root(global, looked).await?;
+        let streams = Streams::inherited().context("taking standard streams")?;
+        let container = Container::new(&process, &self.wishes(), root.path(), &|name| std::env::var(name).ok())?;
+        let status = Runner::new(runtime).run(container, streams, signals).await?;
+        root.take_down().await?;
+        Ok(status)
+    }
+
+    async fn root(&self, global: &Global, looked: Looked) -> anyhow::Result<Root> {
+        let whole = if self.no_lazy {
+            true
+        } else if let Some(why) = looked.why_not_lazy() {
+            if !global.quiet {
+                eprintln!("loris: pulling the whole image: {why}");
+            }
+            true
+        } else {
+            false
+        };
+        if whole {
+            let bars = Arc::new(Bars::new(global));
+            let image = &looked.image;
+            let unpacked =
+                full::Unpacked::pull(&looked.source, &image.manifest.layers, &image.config.diff_ids, &bars).await?;
+            bars.finish();
+            return Ok(Root::Full(unpacked));
+        }
+        let opened = Opened::from_looked(looked.image, &self.image)?;
+        let options = RootFsOptions { access: rootfs::Access::Discard, ..RootFsOptions::read_only() };
+        let handle = tokio::runtime::Handle::current();
+        let root = RootFs::assemble(Arc::new(opened.tree()), opened.layers().to_vec(), &options, &handle)
+            .with_context(|| format!("mounting {}", self.image))?;
+        Ok(Root::Lazy(root, opened))
+    }
+
+    fn find_runtime(&self) -> anyhow::Result<Runtime> {
+        let Some(name) = &self.runtime else { return Ok(Runtime::Embedded) };
+        if name.components().count() > 1 {
+            return Ok(Runtime::External(name.clone()));
+        }
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = std::env::split_paths(&path).chain(["/usr/sbin", "/usr/local/sbin"].map(PathBuf::from));
+        let found = folders.map(|folder| folder.join(name)).find(|program| program.is_file());
+        found.map(Runtime::External).ok_or_else(|| {
+            Usage(format!(
+                "the runtime {} is not installed; without --runtime, the embedded one is used",
+                name.display()
+            ))
+            .into()
+        })
+    }
+
+    fn wishes(&self) -> Wishes {
+        Wishes {
+            args: self.command.clone(),
+            entrypoint: self.entrypoint.as_ref().map(|program| {
+                // An empty one removes the image's, as in docker run.
+                if program.is_empty() { Vec::new() } else { vec![program.clone()] }
+            }),
+            env: self.env.clone(),
+            volumes: self.volume.clone(),
+            working_dir: self.workdir.clone(),
+            user: self.user.clone(),
+            network: match self.net {
+                Net::Host => Network::Host,
+                Net::None => Network::None,
+            },
+            read_only: self.read_only,
+            hostname: self.hostname.clone(),
+            tty: self.tty,
+            interactive: self.interactive,
+        }
+    }
+}
+
+impl Root {
+    fn path(&self) -> &Path {
+        match self {
+            Self::Lazy(root, _) => root.path(),
+            Self::Full(unpacked) => unpacked.path(),
+        }
+    }
+
+    async fn take_down(self) -> anyhow::Result<()> {
+        match self {
+            Self::Lazy(root, opened) => {
+                root.unmount().context("unmounting the root file system")?;
+                for layer in opened.layers() {
+                    layer.sync().await.context("keeping what was fetched")?;
+                }
+                Ok(())
+            }
+            Self::Full(unpacked) => unpacked.take_down(),
+        }
+    }
+}
+
+/// Reads `SOURCE:TARGET[:ro|:rw]`.
+fn volume(text: &str) -> Result<Volume, String> {
+    text.parse().map_err(|error: <Volume as std::str::FromStr>::Err| error.to_string())
+}
+
+/// Is the embedded runtime. The process has one thread.
+pub(crate) fn runtime_main(arguments: &RuntimeArguments) -> ExitCode {
+    ExitCode::from(embedded::main(&arguments.arguments))
+}

@@ -9,7 +9,7 @@ use loris_format::{
     position::FileOffset,
     tree::{Inode, InodeId, InodeKind, Tree},
 };
-use loris_lazy::LazyLayer;
+use loris_lazy::{FetchPolicy, LazyLayer};
 use serde::Serialize;
 
 use crate::{
@@ -77,7 +77,7 @@ const READ_BYTES: usize = 1 << 20;
 
 impl LsArguments {
     async fn run(self, global: &Global) -> failure::Result {
-        let opened = Opened::open(global, &self.image, &self.platform, &self.open).await?;
+        let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::EXACT).await?;
         let tree = opened.tree();
         let mut listed = Vec::new();
         for path in &self.paths {
@@ -107,7 +107,7 @@ impl LsArguments {
 
 impl CatArguments {
     async fn run(self, global: &Global) -> failure::Result {
-        let opened = Opened::open(global, &self.image, &self.platform, &self.open).await?;
+        let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::EXACT).await?;
         let tree = opened.tree();
         for path in &self.paths {
             let inode = resolve(&tree, path)?;

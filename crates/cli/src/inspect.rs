@@ -9,7 +9,7 @@ use loris_format::{
     estargz::footer,
     index::{LayerIndex, NodeKind, Prefetch},
 };
-use loris_lazy::OpenedLayer;
+use loris_lazy::{FetchPolicy, OpenedLayer};
 use loris_oci::{Descriptor, ImageSource, document::ImageConfig};
 use serde::Serialize;
 
@@ -100,7 +100,7 @@ const TAIL_BYTES: u64 = 72;
 impl InspectArguments {
     pub(crate) async fn run(self, global: &Global) -> failure::Result {
         let store = self.open.store()?;
-        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store).await?;
+        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::EXACT).await?;
         let layers: Vec<Layer> = stream::iter(&looked.image.layers)
             .map(|opened| look(&*looked.source, opened))
             .buffered(SIDE_BY_SIDE)

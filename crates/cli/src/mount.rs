@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Args;
+use loris_lazy::FetchPolicy;
 use loris_mount::rootfs::{Access, RootFs, RootFsOptions};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -74,7 +75,7 @@ impl MountArguments {
         // Before the mount exists, so that no signal finds it without its handler.
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let opened = Opened::open(global, &self.image, &self.platform, &self.open).await?;
+        let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::MOUNT).await?;
         let access = match (&self.upper, self.rw) {
             (Some(directory), _) => Access::Keep(std::path::absolute(directory)?),
             (None, true) => Access::Discard,

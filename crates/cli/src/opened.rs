@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use anyhow::Context as _;
 use clap::Args;
 use loris_format::tree::Tree;
-use loris_lazy::{LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, Trust, open_image};
+use loris_lazy::{FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, Trust, open_image};
 use loris_oci::{Document, ImageSource, platform};
 
 use crate::{Global, access::OnePlatform, failure::Refused};
@@ -27,9 +27,9 @@ impl OpenLazily {
         Store::open(&directory).with_context(|| format!("opening the cache {}", directory.display()))
     }
 
-    pub(crate) fn options(&self) -> OpenOptions {
+    pub(crate) fn options(&self, policy: FetchPolicy) -> OpenOptions {
         let trust = if self.allow_unverified { Trust::Anything } else { Trust::Vouched };
-        OpenOptions { trust, ..OpenOptions::default() }
+        OpenOptions { trust, policy, ..OpenOptions::default() }
     }
 }
 
@@ -59,9 +59,10 @@ impl Looked {
         platform: &OnePlatform,
         open: &OpenLazily,
         store: &Store,
+        policy: FetchPolicy,
     ) -> anyhow::Result<Self> {
         let source = global.access.source(name).await?;
-        let options = open.options();
+        let options = open.options(policy);
         let (document, manifest) = platform::resolve_manifest(&*source, platform.wanted(), &options.limits)
             .await
             .with_context(|| format!("opening {name}"))?;
@@ -96,9 +97,10 @@ impl Opened {
         name: &str,
         platform: &OnePlatform,
         open: &OpenLazily,
+        policy: FetchPolicy,
     ) -> anyhow::Result<Self> {
         let store = open.store()?;
-        let looked = Looked::open(global, name, platform, open, &store).await?;
+        let looked = Looked::open(global, name, platform, open, &store, policy).await?;
         Self::from_looked(looked.image, name)
     }
 

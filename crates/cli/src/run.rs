@@ -14,6 +14,7 @@ use loris_container::{
     runtime::{NOT_STARTED, Runner, Runtime, Streams, forwarded_signals},
     spec::{Container, Network, Volume, Wishes},
 };
+use loris_lazy::FetchPolicy;
 use loris_mount::rootfs::{self, RootFs, RootFsOptions};
 
 use crate::{
@@ -127,7 +128,7 @@ impl RunArguments {
     ) -> anyhow::Result<u8> {
         let runtime = self.find_runtime()?;
         let store = self.open.store()?;
-        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store).await?;
+        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
         let process = looked.image.config.config.clone();
         let root = self.root(global, looked).await?;
         let streams = Streams::inherited().context("taking standard streams")?;

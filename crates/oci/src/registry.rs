@@ -183,6 +183,12 @@ impl Repository {
         &self.name
     }
 
+    /// Returns the client.
+    #[must_use]
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     fn place(&self) -> String {
         format!("{}/{}", self.host.name, self.name)
     }

@@ -65,14 +65,16 @@ impl Repository {
         if range.is_empty() {
             return Ok(Bytes::new());
         }
-        if self.host.ignores_ranges() && !is_readable_without_ranges(&range, descriptor.size) {
+        // The whole blob, or what ends near its beginning, can be had without ranges.
+        let needs_ranges = range.end > SHORT_PREFIX && range != (0..descriptor.size);
+        if needs_ranges && self.host.ignores_ranges() {
             return Err(self.ignores_ranges());
         }
         let mut attempts = Attempts::new(self.client.config());
         let mut got = Collected::new(range.end - range.start);
         loop {
             let wanted = range.start + got.length()..range.end;
-            let outcome = self.read_range(descriptor, wanted, &mut got, &mut attempts).await;
+            let outcome = self.read_range(descriptor, (wanted, needs_ranges), &mut got, &mut attempts).await;
             match outcome {
                 Ok(()) => return Ok(got.finish()),
                 Err(error) if error.is_transient() && attempts.pause(None).await => self.client.count_retry(),
@@ -84,7 +86,7 @@ impl Repository {
     async fn read_range(
         &self,
         descriptor: &Descriptor,
-        wanted: Range<u64>,
+        (wanted, needs_ranges): (Range<u64>, bool),
         got: &mut Collected,
         attempts: &mut Attempts,
     ) -> Result<(), Error> {
@@ -98,7 +100,7 @@ impl Repository {
             _ => {
                 if wanted != (0..descriptor.size) {
                     self.host.remember_ranges_ignored();
-                    if !is_readable_without_ranges(&wanted, descriptor.size) {
+                    if needs_ranges {
                         return Err(self.ignores_ranges());
                     }
                 }
@@ -232,10 +234,6 @@ impl Repository {
         let what = "range requests: it answers them with the whole blob".to_owned();
         Error::Unsupported { what, place: self.place() }
     }
-}
-
-fn is_readable_without_ranges(range: &Range<u64>, size: u64) -> bool {
-    range.end <= SHORT_PREFIX || *range == (0..size)
 }
 
 fn truncated(answer: &Answer, missing: u64) -> Error {

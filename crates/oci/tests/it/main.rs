@@ -1,0 +1,3 @@
+//! Tests of whole paths through the crate, against servers.
+
+mod registry;

@@ -99,16 +99,13 @@ impl FuseMount {
         let (stop, stopped) = watch::channel(false);
         let served = Arc::new(content::Served::new(tree, layers, runtime.clone(), stopped)?);
         let device = connection::open(&mountpoint, options)?;
-        let mount = OwnMount::note(&mountpoint).inspect_err(|_| {
-            // The error at hand says more than a second one.
-            let _ = mounts::unmount(&mountpoint);
-        })?;
+        let mount = OwnMount::note(&mountpoint)?;
         let serve = |source| MountError::Handshake { path: mountpoint.clone(), source };
         let started = protocol::handshake(served, device, options.threads()).and_then(start);
         match started {
             Ok((ended, session)) => Ok(Self { mount, stop, ended, session, gone: false }),
             Err(error) => {
-                // As above.
+                // The error at hand says more than a second one.
                 let _ = mount.unmount();
                 Err(serve(error))
             }

@@ -160,12 +160,14 @@ pub(crate) struct OwnMount {
 }
 
 impl OwnMount {
-    /// Takes note of what has just been mounted at `mountpoint`.
+    /// Takes note of what has just been mounted at `mountpoint`. Where that fails, it is unmounted.
     pub(crate) fn note(mountpoint: &Path) -> Result<Self, MountError> {
-        match find(mountpoint)? {
-            Some(mount) => Ok(Self { id: mount.id, mountpoint: mount.mountpoint }),
-            None => Err(MountError::Unmount { path: mountpoint.to_owned(), source: io::ErrorKind::NotFound.into() }),
-        }
+        let gone = || MountError::Unmount { path: mountpoint.to_owned(), source: io::ErrorKind::NotFound.into() };
+        let found = find(mountpoint).and_then(|found| found.ok_or_else(gone)).inspect_err(|_| {
+            // The error at hand says more than a second one.
+            let _ = unmount(mountpoint);
+        })?;
+        Ok(Self { id: found.id, mountpoint: found.mountpoint })
     }
 
     /// Where it stands, without symbolic links.

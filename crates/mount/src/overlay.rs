@@ -25,7 +25,7 @@ use rustix::{
 
 use crate::{
     MOUNT_NAME, MountError,
-    mounts::{OwnMount, Unmounted},
+    mounts::{self, OwnMount, Unmounted},
 };
 
 /// mount(2) takes a page of options, with the NUL that ends them. Pages are larger on some machines, never smaller.
@@ -82,9 +82,10 @@ impl OverlayMount {
         if options.lower.len() > MAX_LOWER {
             return Err(wrong(format!("{} lower directories, but the kernel takes {MAX_LOWER}", options.lower.len())));
         }
+        let mountpoint = &mounts::check_mountpoint(mountpoint)?;
         let refused = |(source, detail): (io::Error, String)| MountError::Refused {
             what: "overlayfs",
-            path: mountpoint.to_owned(),
+            path: mountpoint.clone(),
             source,
             detail,
         };

@@ -1,7 +1,10 @@
 use std::{collections::HashMap, fmt::Write as _};
 
 use super::*;
-use crate::tar::{END_OF_ARCHIVE, padding, writer};
+use crate::{
+    index::Timestamp,
+    tar::{END_OF_ARCHIVE, EntryKind, padding, writer},
+};
 
 const V7: &[u8] = b"\0\0\0\0\0\0\0\0";
 const USTAR: &[u8] = b"ustar\x0000";

@@ -43,6 +43,9 @@ mod layers;
 pub(crate) mod rebuild;
 pub(crate) mod referrers;
 
+#[cfg(test)]
+mod tests;
+
 pub use layers::WRITER_ANNOTATION;
 
 /// What layers are made into.

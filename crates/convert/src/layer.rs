@@ -35,6 +35,8 @@ mod spool;
 mod workers;
 
 #[cfg(test)]
+pub(crate) mod archive;
+#[cfg(test)]
 mod golden_tests;
 #[cfg(test)]
 mod tests;
@@ -145,7 +147,7 @@ impl Watch {
         self.written.load(Ordering::Relaxed)
     }
 
-    fn check(&self) -> Result<(), Error> {
+    pub(crate) fn check(&self) -> Result<(), Error> {
         if self.stop.load(Ordering::Relaxed) { Err(Error::Stopped) } else { Ok(()) }
     }
 }

@@ -3,6 +3,7 @@
 //! - [`layer`]: one layer made into eStargz, on all cores, in bounded memory.
 //! - [`image`]: a whole image converted: all platforms, with everything that belongs to it.
 //! - [`copy`]: an image taken to another place as it is.
+//! - [`verify`]: whether an image is what it says.
 //! - [`record`]: what a workload read, as other tools write it down.
 //! - [`progress`]: what is told while these run.
 //!
@@ -21,6 +22,7 @@ pub mod layer;
 pub mod progress;
 pub mod record;
 mod survey;
+pub mod verify;
 
 #[cfg(test)]
 mod memory;

@@ -21,9 +21,9 @@ use loris_oci::{
 pub(crate) struct Memory {
     state: Mutex<State>,
     /// Registry and repository that it plays.
-    pub(crate) repository: Option<(&'static str, &'static str)>,
+    repository: Option<(&'static str, &'static str)>,
     /// Whether blobs can be taken over by name.
-    pub(crate) mounts: bool,
+    mounts: bool,
 }
 
 #[derive(Default, Clone)]
@@ -38,6 +38,11 @@ struct State {
 impl Memory {
     pub(crate) fn new() -> Self {
         Self::default()
+    }
+
+    /// Plays a repository of a registry.
+    pub(crate) fn in_registry(registry: &'static str, repository: &'static str) -> Self {
+        Self { repository: Some((registry, repository)), mounts: true, ..Self::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

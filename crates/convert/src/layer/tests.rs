@@ -14,40 +14,7 @@ use loris_format::{
 };
 use proptest::prelude::*;
 
-use super::*;
-
-/// Builds archives for tests.
-#[derive(Default, Clone)]
-pub(super) struct Archive(pub(super) Vec<u8>);
-
-impl Archive {
-    pub(super) fn entry(mut self, entry: &Entry, content: &[u8]) -> Self {
-        let entry = Entry { size: content.len() as u64, ..entry.clone() };
-        self.0.extend(tar::encode_header(&entry).unwrap());
-        self.0.extend_from_slice(content);
-        self.0.extend_from_slice(tar::padding(entry.size));
-        self
-    }
-
-    pub(super) fn file(self, path: &str, content: &[u8]) -> Self {
-        self.entry(&Entry { path: path.into(), permissions: 0o644, ..Entry::default() }, content)
-    }
-
-    pub(super) fn directory(self, path: &str) -> Self {
-        let kind = EntryKind::Directory;
-        self.entry(&Entry { path: path.into(), kind, permissions: 0o755, ..Entry::default() }, b"")
-    }
-
-    pub(super) fn link(self, path: &str, target: &str) -> Self {
-        let kind = EntryKind::HardLink;
-        self.entry(&Entry { path: path.into(), kind, link: target.into(), ..Entry::default() }, b"")
-    }
-
-    pub(super) fn end(mut self) -> Vec<u8> {
-        self.0.extend_from_slice(&tar::END_OF_ARCHIVE);
-        self.0
-    }
-}
+use super::{archive::Archive, *};
 
 pub(super) fn convert_with(
     source: &[u8],
@@ -72,7 +39,7 @@ fn options(chunk_bytes: u64, prioritised: &[&str]) -> LayerOptions {
     LayerOptions { chunk_bytes, prioritised, ..LayerOptions::default() }
 }
 
-fn gunzip(blob: &[u8]) -> Vec<u8> {
+pub(super) fn gunzip(blob: &[u8]) -> Vec<u8> {
     let mut text = Vec::new();
     flate2::read::MultiGzDecoder::new(blob).read_to_end(&mut text).unwrap();
     text

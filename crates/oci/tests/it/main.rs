@@ -1,3 +1,4 @@
 //! Tests of whole paths through the crate, against servers.
 
+mod places;
 mod registry;

@@ -2,6 +2,7 @@
 //! which a test says that it was skipped.
 //!
 //! - [`registry`]: an in-memory registry with programmable faults, and Debian's `docker-registry` as a child process.
+//! - [`tree`]: a directory tree as facts, to compare what one tool unpacked with what another shows.
 //! - [`peer`], [`require_root`], [`require_fuse`]: what the machine can do; where it can't, the test prints
 //!   `skipped: TEST: WHAT IS MISSING` and returns.
 //!
@@ -15,6 +16,7 @@ use std::{
 };
 
 pub mod registry;
+pub mod tree;
 
 /// Finds a peer program in `PATH` and in the `sbin` directories, which are not in every user's `PATH`.
 #[must_use]
@@ -36,10 +38,18 @@ pub fn require_peer(test: &str, name: &str) -> Option<PathBuf> {
     found
 }
 
-/// Prints `skipped: TEST: MISSING` to standard error.
+/// Prints `skipped: TEST: MISSING` to standard error, and appends `TEST: MISSING` to the file that the environment
+/// variable `LORIS_SKIPPED` names, where it is set: `cargo xtask test` counts those lines.
 pub fn skip(test: &str, missing: &str) {
+    // One line is one test, whatever a program has said.
+    let line = format!("{test}: {}", missing.split_whitespace().collect::<Vec<_>>().join(" "));
     // Written past the test harness's capture, which would swallow the line of a test that passes.
-    let _ = writeln!(std::io::stderr(), "skipped: {test}: {missing}");
+    let _ = writeln!(std::io::stderr(), "skipped: {line}");
+    if let Some(file) = std::env::var_os("LORIS_SKIPPED") {
+        // One write for a line: tests of many processes append to the file at once.
+        let appended = std::fs::OpenOptions::new().append(true).create(true).open(file);
+        let _ = appended.and_then(|mut file| file.write_all(format!("{line}\n").as_bytes()));
+    }
 }
 
 /// Says whether the test runs as root; where not, says that `test` is skipped.

@@ -5,7 +5,7 @@ use std::{
     io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::mpsc,
+    sync::{Arc, Mutex, PoisonError, mpsc},
     time::Duration,
 };
 
@@ -19,7 +19,11 @@ pub struct DockerRegistry {
     child: Child,
     address: String,
     directory: tempfile::TempDir,
+    requests: Requests,
 }
+
+/// `METHOD URI` of what was answered, as the program has logged it.
+type Requests = Arc<Mutex<Vec<String>>>;
 
 /// How the registry is set up.
 #[derive(Clone, Debug, Default)]
@@ -63,8 +67,9 @@ impl DockerRegistry {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .spawn()?;
-        match listening_address(&mut child) {
-            Ok(address) => Ok(Some(Self { child, address, directory })),
+        let requests = Requests::default();
+        match listening_address(&mut child, requests.clone()) {
+            Ok(address) => Ok(Some(Self { child, address, directory, requests })),
             Err(error) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -77,6 +82,13 @@ impl DockerRegistry {
     #[must_use]
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// Returns `METHOD URI` of the requests that were answered so far, in the order in which the program logged them,
+    /// which it does a moment after the answer.
+    #[must_use]
+    pub fn requests(&self) -> Vec<String> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Returns the certificate authority's file, where TLS is served.
@@ -163,7 +175,7 @@ fn run(command: &mut Command) -> anyhow::Result<Vec<u8>> {
 }
 
 /// Reads the log until it says where the program listens, and goes on reading so that the pipe never fills.
-fn listening_address(child: &mut Child) -> anyhow::Result<String> {
+fn listening_address(child: &mut Child, requests: Requests) -> anyhow::Result<String> {
     let log = child.stderr.take().context("standard error is a pipe")?;
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
@@ -172,6 +184,14 @@ fn listening_address(child: &mut Child) -> anyhow::Result<String> {
             if let Some((_, rest)) = line.split_once("listening on ") {
                 let address: String = rest.chars().take_while(|c| c.is_ascii_digit() || ".:".contains(*c)).collect();
                 let _ = sender.send(Ok(address));
+            } else if line.contains("\"response completed\"") {
+                let value = |key: &str| {
+                    let (_, rest) = line.split_once(key)?;
+                    rest.trim_start_matches('"').split(['"', ' ']).next()
+                };
+                if let (Some(method), Some(uri)) = (value("http.request.method="), value("http.request.uri=")) {
+                    requests.lock().unwrap_or_else(PoisonError::into_inner).push(format!("{method} {uri}"));
+                }
             } else if seen.len() < 10_000 {
                 seen.push_str(&line);
                 seen.push('\n');

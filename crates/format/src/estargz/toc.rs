@@ -14,6 +14,7 @@ use std::borrow::Cow;
 
 use crate::{digest::Digest, index::Timestamp};
 
+mod json;
 pub mod read;
 pub mod time;
 pub mod write;

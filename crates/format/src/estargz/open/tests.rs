@@ -228,7 +228,7 @@ fn names_that_are_not_utf_8_survive() {
     let forged = text.replace("6Tzwnw==", "6TzwLw==");
     assert_ne!(forged, text);
     let error = index(forged.as_bytes(), BlobOffset(0), Trust::Required, &Limits::default()).unwrap_err();
-    assert!(error.to_string().contains("nameBytes is another name"), "{error}");
+    assert!(error.to_string().contains("bytes of a name are another name"), "{error}");
 }
 
 /// A blob of some payload, a table of contents and a footer.
@@ -391,17 +391,17 @@ fn hostile_tables_are_refused() {
         (r#"{"name":"a","type":"hardlink","linkName":"../../etc/passwd"}"#.into(), "\"etc/passwd\", which is not in"),
         (r#"{"name":"a\u0000b","type":"dir"}"#.into(), "entry 0 (\"a\\x00b\"): path holds a NUL byte"),
         (r#"{"name":"a","type":"socket"}"#.into(), "entry 0: type \"socket\" is not known"),
-        (r#"{"name":"a"}"#.into(), "entry 0: missing field `type`"),
-        (r#"{"name":"a","type":"reg","size":-1}"#.into(), "entry 0: invalid value: integer `-1`"),
-        (r#"{"name":"a","type":"reg","size":1.5}"#.into(), "entry 0: invalid type: floating point"),
+        (r#"{"name":"a"}"#.into(), "entry 0: entry has no type"),
+        (r#"{"name":"a","type":"reg","size":-1}"#.into(), "entry 0: number is negative at line 1 column 59"),
+        (r#"{"name":"a","type":"reg","size":1.5}"#.into(), "entry 0: number is not a whole one"),
         (r#"{"name":"a","type":"reg","size":9223372036854775807}"#.into(), "beyond the limit of 1099511627776 bytes"),
-        (r#"{"name":"a","type":"reg","size":99999999999999999999}"#.into(), "entry 0: "),
+        (r#"{"name":"a","type":"reg","size":99999999999999999999}"#.into(), "entry 0: number is too large"),
         (r#"{"name":"a","type":"dir","uid":-1}"#.into(), "uid -1 is out of range"),
         (r#"{"name":"a","type":"dir","gid":4294967296}"#.into(), "gid 4294967296 is out of range"),
         (r#"{"name":"a","type":"char","devMajor":-1}"#.into(), "devMajor -1 is out of range"),
         (r#"{"name":"a","type":"dir","modtime":"yesterday"}"#.into(), "modtime \"yesterday\" is not a time"),
         (r#"{"name":"a","type":"dir","digest":"md5:00"}"#.into(), "not a digest that can be verified"),
-        (r#"{"name":"a","type":"dir","xattrs":{"user.a":"%"}}"#.into(), "extended attribute \"user.a\""),
+        (r#"{"name":"a","type":"dir","xattrs":{"user.a":"%"}}"#.into(), "base64: "),
         (
             r#"{"name":"a","type":"dir"},{"name":"a","type":"chunk","chunkSize":1}"#.into(),
             "entry 1 (\"a\"): chunk does not",
@@ -437,7 +437,7 @@ fn hostile_tables_are_refused() {
             r#"{"name":"a","type":"reg"},{"name":"a/b","type":"reg"}"#.into(),
             "\"a\" on the way to it is not a directory",
         ),
-        (r#"{"name":"a","type":"dir","userName":["#.repeat(1000), "entry 0: "),
+        (r#"{"name":"a","type":"dir","userName":["#.repeat(1000), "entry 0: expected a string"),
     ];
     for (entries, message) in cases {
         let json = format!(r#"{{"version":1,"entries":[{entries}]}}"#);
@@ -445,14 +445,14 @@ fn hostile_tables_are_refused() {
         assert!(error.to_string().contains(message), "{error} does not contain {message:?}");
     }
     let documents: &[(&str, &str)] = &[
-        ("", "entry 0: EOF"),
-        ("[]", "invalid type: sequence"),
-        ("{", "EOF"),
-        (r#"{"entries":{}}"#, "invalid type: map"),
+        ("", "entry 0: the text ends at line 1 column 1"),
+        ("[]", "expected an object"),
+        ("{", "the text ends"),
+        (r#"{"entries":{}}"#, "expected a list"),
         (r#"{"entries":[],"entries":[]}"#, "stands there twice"),
         (r#"{"version":2,"entries":[]}"#, "version 2, only version 1 is known"),
-        (r#"{"version":1,"entries":[{"name":"a","type":"dir"}"#, "entry 1: EOF"),
-        (r#"{"version":1,"entries":[{"name":"a","type":"dir"},{"na"#, "entry 1: EOF"),
+        (r#"{"version":1,"entries":[{"name":"a","type":"dir"}"#, "entry 1: the text ends"),
+        (r#"{"version":1,"entries":[{"name":"a","type":"dir"},{"na"#, "entry 1: the text ends"),
     ];
     for (json, message) in documents {
         let error = index(json.as_bytes(), BlobOffset(1000), Trust::Required, &Limits::default()).unwrap_err();
@@ -518,7 +518,7 @@ fn files_can_share_a_member() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     #[test]
     fn a_flipped_bit_changes_nothing_that_is_vouched_for(bit in 0..VARIOUS.0.len() * 8) {

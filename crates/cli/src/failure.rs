@@ -3,9 +3,9 @@
 //! | status | meaning |
 //! |---|---|
 //! | 0 | done |
-//! | 1 | failed |
+//! | 1 | failed, or `verify` found faults |
 //! | 2 | the command line is wrong |
-//! | 3 | a policy said no: unverified content, findings of `verify` |
+//! | 3 | a policy said no: content that nothing vouches for |
 //! | other | the exit status of the container that `loris run` ran |
 
 use std::process::ExitCode;

@@ -22,6 +22,7 @@ mod progress;
 mod run;
 mod stage;
 mod table;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -74,6 +75,8 @@ enum Verb {
     /// Look into an image by range reads, without pulling it
     #[command(subcommand)]
     Fs(fs::FsCommand),
+    /// Check an image: digests, tables of contents, annotations
+    Verify(verify::VerifyArguments),
     /// Mount an image lazily at a directory
     Mount(mount::MountArguments),
     /// Unmount what `loris mount` has mounted
@@ -123,6 +126,7 @@ fn main() -> ExitCode {
         Verb::Convert(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Inspect(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Fs(command) => runtime.block_on(command.run(&global)),
+        Verb::Verify(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Mount(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Umount(arguments) => arguments.run(&global),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),

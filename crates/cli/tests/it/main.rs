@@ -1,0 +1,16 @@
+//! The binary against real parts: images made by others' tools, registries, container engines, mounts and containers.
+//!
+//! What a machine lacks (root, FUSE, a peer program) makes a test say so and return. Every program that a test starts
+//! has a time by which it ends or is killed, and nothing is left behind: no process, no mount, no temporary file. Only
+//! images that take long to make are kept, in Cargo's own directory for tests.
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod bad_input;
+mod containerd;
+mod debian;
+mod harness;
+mod image;
+mod layout;
+mod ours_to_peers;
+mod peers_to_ours;
+mod rootfs;

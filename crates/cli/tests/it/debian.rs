@@ -15,7 +15,7 @@ use crate::{
 /// How long it may take to download and unpack the packages.
 const LIMIT: Duration = Duration::from_secs(900);
 /// Enough of them that the image is large.
-const PACKAGES: &str = "python3,perl,vim-runtime,git,gdb,locales";
+const PACKAGES: &str = "python3,perl,vim-runtime,locales";
 
 /// Returns the image's OCI layout, tag `t`; `None` where it can't be made here, which has then been said.
 pub fn large(test: &str) -> Option<&'static Path> {
@@ -75,7 +75,7 @@ fn build(directory: &Path, mirror: &str) {
     let repack = || umoci(&["repack", "--refresh-bundle", "--image", &image, bundle.to_str().unwrap()]);
 
     // The first layer lacks what the second brings.
-    let later = ["usr/lib/python3", "usr/lib/python3.11", "usr/share/vim", "usr/lib/git-core"];
+    let later = ["usr/lib/python3", "usr/lib/python3.11", "usr/share/vim", "usr/share/perl"];
     let later: Vec<_> = later.iter().filter(|path| debian.join(path).exists()).collect();
     let aside = directory.join("aside");
     fs::create_dir(&aside).unwrap();
@@ -91,15 +91,15 @@ fn build(directory: &Path, mirror: &str) {
     }
     repack();
     // The third takes away, as an image that cleans up does.
-    fs::remove_dir_all(root.join("var/cache/apt")).unwrap();
-    fs::remove_dir_all(root.join("usr/share/doc/perl")).unwrap();
+    fs::remove_dir_all(root.join("var/cache/debconf")).unwrap();
+    fs::remove_dir_all(root.join("usr/share/doc/python3")).unwrap();
     fs::write(root.join("etc/hostname"), "large\n").unwrap();
     repack();
     // The fourth hides a whole directory behind an opaque one, and another behind a file.
     let top = directory.join("top");
-    fs::create_dir_all(top.join("usr/share/doc/git")).unwrap();
-    fs::write(top.join("usr/share/doc/git/.wh..wh..opq"), "").unwrap();
-    fs::write(top.join("usr/share/doc/git/only"), "this").unwrap();
+    fs::create_dir_all(top.join("usr/share/doc/bash")).unwrap();
+    fs::write(top.join("usr/share/doc/bash/.wh..wh..opq"), "").unwrap();
+    fs::write(top.join("usr/share/doc/bash/only"), "this").unwrap();
     fs::create_dir_all(top.join("var/lib/apt")).unwrap();
     fs::write(top.join("var/lib/apt/lists"), "a file now").unwrap();
     let archive = directory.join("layer.tar");
@@ -108,7 +108,7 @@ fn build(directory: &Path, mirror: &str) {
         .arg(&top)
         .arg("-cf")
         .arg(&archive)
-        .args(["usr/share/doc/git", "var/lib/apt/lists"]);
+        .args(["usr/share/doc/bash", "var/lib/apt/lists"]);
     run_within(LIMIT, &mut tar).succeeded();
     umoci(&["raw", "add-layer", "--image", &image, archive.to_str().unwrap()]);
 }

@@ -52,7 +52,9 @@ impl Ran {
 
 impl std::fmt::Display for Ran {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let stdout: String = self.text().chars().take(2000).collect();
+        let text = self.text();
+        // Its end: what went wrong is said last.
+        let stdout = text.char_indices().rev().nth(2000).map_or(&*text, |(start, _)| &text[start..]);
         let Self { command, status, stderr, .. } = self;
         write!(f, "{command}\n{status}\nstdout: {stdout}\nstderr: {stderr}")
     }

@@ -111,7 +111,7 @@ impl Repository {
         let whole_answer = answer.status() == StatusCode::PARTIAL_CONTENT;
         let before = got.length();
         while let Some(chunk) = answer.chunk().await? {
-            let chunk = discarded(chunk, &mut discard);
+            let chunk = discarded(&chunk, &mut discard);
             let missing = length - (got.length() - before);
             if chunk.len() as u64 > missing {
                 if whole_answer {
@@ -169,7 +169,7 @@ impl Repository {
         attempts: &mut Attempts,
     ) -> Result<Answer, Error> {
         let mut call = Call::read(Method::GET, url.clone(), "");
-        call.lane = Lane::Blob;
+        call.lane = Lane::Download;
         call.elsewhere = true;
         let is_range = *wanted != (0..descriptor.size);
         if is_range {
@@ -254,7 +254,7 @@ fn parse_content_range(text: &str) -> Option<(Range<u64>, Option<u64>)> {
 }
 
 /// Takes bytes that are not wanted from the beginning of a chunk.
-fn discarded(chunk: Bytes, discard: &mut u64) -> Bytes {
+fn discarded(chunk: &Bytes, discard: &mut u64) -> Bytes {
     let skipped = chunk.len().min(usize::try_from(*discard).unwrap_or(usize::MAX));
     *discard -= skipped as u64;
     chunk.slice(skipped..)
@@ -354,7 +354,7 @@ impl Reading {
         };
         let Some(chunk) = answer.chunk().await? else { return Err(truncated(answer, size - offset)) };
         let length_known = answer.length().is_some();
-        let chunk = discarded(chunk, &mut self.discard);
+        let chunk = discarded(&chunk, &mut self.discard);
         if chunk.len() as u64 > size - offset {
             return Err(self.too_long());
         }
@@ -401,7 +401,7 @@ impl Reading {
     async fn ask(&mut self, wanted: &Range<u64>) -> Result<Answer, Error> {
         let Self { repository, descriptor, attempts, .. } = self;
         match &self.foreign {
-            None => repository.open(descriptor, wanted, Lane::Blob, attempts).await,
+            None => repository.open(descriptor, wanted, Lane::Download, attempts).await,
             Some(url) => repository.open_foreign(descriptor, url, wanted, attempts).await,
         }
     }

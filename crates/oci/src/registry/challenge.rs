@@ -151,7 +151,7 @@ mod tests {
         for (header, expected) in [
             (
                 r#"Bearer realm="https://a.example/token",service="r",scope="repository:a/b:pull,push repository:c:pull""#,
-                vec![both.clone()],
+                vec![both],
             ),
             (
                 r#"bearer  Realm = "https://a.example/token" , SERVICE=r"#,

@@ -1,9 +1,9 @@
 //! Connections to hosts: one HTTP client for each kind of trust, and a bound on what is asked of one host at once.
 //!
-//! Short requests (documents, ranges, steps of an upload) and whole blobs have a bound each, so that a read on demand does
-//! not wait behind downloads. A whole blob's place is taken until its stream ends, at the pace of who reads it; if all
-//! places are taken by streams that nobody reads on (a merge of many layers in lock step), one more is let through
-//! rather than waiting for ever.
+//! Short requests (documents, ranges, steps of an upload), whole blobs that come and blobs that go have a bound each: a
+//! read on demand does not wait behind downloads, and a copy within a registry not for itself. A whole blob's place is
+//! taken until its stream ends, at the pace of who reads it; if all places are taken by streams that nobody reads on (a
+//! merge of many layers in lock step), one more is let through rather than waiting for ever.
 
 use std::{
     collections::HashMap,
@@ -33,8 +33,10 @@ const NOBODY_MOVES: Duration = Duration::from_secs(5);
 pub(super) enum Lane {
     /// Ends by itself, soon.
     Short,
-    /// A whole blob, in either direction.
-    Blob,
+    /// A whole blob that is read.
+    Download,
+    /// A blob, or a chunk of one, that is written.
+    Upload,
 }
 
 /// All hosts.
@@ -47,14 +49,20 @@ pub(super) struct Connections {
 /// One host.
 pub(super) struct Connection {
     pub(super) http: reqwest::Client,
-    short: Arc<Semaphore>,
-    blobs: Arc<Semaphore>,
+    short: Arc<Gate>,
+    downloads: Arc<Gate>,
+    uploads: Arc<Gate>,
+}
+
+/// A bound, and a sign of life of those within it.
+pub(super) struct Gate {
+    places: Arc<Semaphore>,
     moved: AtomicU64,
 }
 
 /// A request's place among those of its host, free again when dropped.
 pub(super) struct Place {
-    connection: Arc<Connection>,
+    gate: Arc<Gate>,
     _permit: Option<OwnedSemaphorePermit>,
 }
 
@@ -65,13 +73,9 @@ impl Connections {
         if let Some(connection) = hosts.get(origin) {
             return Ok(connection.clone());
         }
-        let places = config.connections_per_host.max(1);
-        let connection = Arc::new(Connection {
-            http: self.client(origin, config)?,
-            short: Arc::new(Semaphore::new(places)),
-            blobs: Arc::new(Semaphore::new(places)),
-            moved: AtomicU64::new(0),
-        });
+        let gate = || Arc::new(Gate::new(config.connections_per_host.max(1)));
+        let http = self.client(origin, config)?;
+        let connection = Arc::new(Connection { http, short: gate(), downloads: gate(), uploads: gate() });
         if hosts.len() >= MAX_HOSTS {
             hosts.clear();
         }
@@ -111,36 +115,51 @@ pub(super) fn may_be_plain(config: &Config, authority: &str) -> bool {
 
 impl Connection {
     /// Waits for a place.
-    pub(super) async fn place(self: &Arc<Self>, lane: Lane) -> Place {
-        let permit = match lane {
-            // The semaphore is never closed, so an error can't be; without a permit the bound would merely be looser.
-            Lane::Short => self.short.clone().acquire_owned().await.ok(),
-            Lane::Blob => self.blob_permit(NOBODY_MOVES).await,
+    pub(super) async fn place(&self, lane: Lane) -> Place {
+        let (gate, patience) = match lane {
+            // Ends by itself, so that waiting does too.
+            Lane::Short => (&self.short, None),
+            Lane::Download => (&self.downloads, Some(NOBODY_MOVES)),
+            Lane::Upload => (&self.uploads, Some(NOBODY_MOVES)),
         };
-        Place { connection: self.clone(), _permit: permit }
+        Place { gate: gate.clone(), _permit: gate.permit(patience).await }
+    }
+}
+
+impl Gate {
+    fn new(places: usize) -> Self {
+        Self { places: Arc::new(Semaphore::new(places)), moved: AtomicU64::new(0) }
     }
 
-    async fn blob_permit(&self, patience: Duration) -> Option<OwnedSemaphorePermit> {
+    /// Waits for a permit; `None` where none of those who have one has moved for as long as `patience`.
+    async fn permit(&self, patience: Option<Duration>) -> Option<OwnedSemaphorePermit> {
+        let acquire = || self.places.clone().acquire_owned();
+        // The semaphore is never closed, so an error can't be; without a permit the bound would merely be looser.
+        let Some(patience) = patience else { return acquire().await.ok() };
         let mut before = self.moved.load(Ordering::Relaxed);
         loop {
-            let waited = tokio::time::timeout(patience, self.blobs.clone().acquire_owned()).await;
-            if let Ok(permit) = waited {
+            if let Ok(permit) = tokio::time::timeout(patience, acquire()).await {
                 return permit.ok();
             }
             let now = self.moved.load(Ordering::Relaxed);
             if now == before {
-                tracing::debug!("more blobs are open than connections are allowed, and none is read on");
+                tracing::debug!("more blobs are open than connections are allowed, and none moves");
                 return None;
             }
             before = now;
         }
     }
+
+    /// Takes note that somebody within the bound goes on.
+    pub(super) fn moved(&self) {
+        self.moved.fetch_add(1, Ordering::Relaxed);
+    }
 }
 
 impl Place {
-    /// Takes note that the request's body goes on.
-    pub(super) fn moved(&self) {
-        self.connection.moved.fetch_add(1, Ordering::Relaxed);
+    /// Returns the bound that the place is within.
+    pub(super) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
     }
 }
 
@@ -157,32 +176,36 @@ mod tests {
     #[tokio::test]
     async fn the_lanes_do_not_block_each_other() {
         let connection = connection(1);
-        let _blob = connection.place(Lane::Blob).await;
-        let _short = connection.place(Lane::Short).await;
-        assert_eq!(connection.short.available_permits(), 0);
-        assert_eq!(connection.blobs.available_permits(), 0);
+        let _places = [
+            connection.place(Lane::Upload).await,
+            connection.place(Lane::Download).await,
+            connection.place(Lane::Short).await,
+        ];
+        for gate in [&connection.short, &connection.downloads, &connection.uploads] {
+            assert_eq!(gate.places.available_permits(), 0);
+        }
     }
 
     #[tokio::test]
     async fn a_place_is_free_again_when_dropped() {
         let connection = connection(1);
-        drop(connection.place(Lane::Blob).await);
-        assert!(connection.blob_permit(Duration::from_secs(600)).await.is_some());
+        drop(connection.place(Lane::Download).await);
+        assert!(connection.downloads.permit(Some(Duration::from_secs(600))).await.is_some());
     }
 
     #[tokio::test]
     async fn streams_that_nobody_reads_do_not_block_for_ever() {
-        let connection = connection(1);
-        let held = connection.place(Lane::Blob).await;
-        assert!(connection.blob_permit(Duration::from_millis(1)).await.is_none());
+        let gate = Arc::new(Gate::new(1));
+        let held = gate.permit(None).await;
+        assert!(gate.permit(Some(Duration::from_millis(1))).await.is_none());
         // While the holder moves, the wait goes on until the place is free.
         let waiting = tokio::spawn({
-            let connection = connection.clone();
-            async move { connection.blob_permit(Duration::from_millis(50)).await.is_some() }
+            let gate = gate.clone();
+            async move { gate.permit(Some(Duration::from_millis(500))).await.is_some() }
         });
         for _ in 0..30 {
-            held.moved();
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            gate.moved();
+            tokio::time::sleep(Duration::from_millis(20)).await;
         }
         drop(held);
         assert!(waiting.await.unwrap());

@@ -106,24 +106,19 @@ pub(super) fn transport(method: &Method, url: &Url, error: reqwest::Error) -> Er
 }
 
 /// Says whether the peers could not agree on TLS, which the next attempt will not change.
-fn tls_failure(error: &reqwest::Error) -> bool {
-    let mut source = std::error::Error::source(error);
-    while let Some(error) = source {
-        // An I/O error's own source hides the error that it wraps.
-        let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
-        let tls = wrapped.and_then(|inner| inner.downcast_ref::<rustls::Error>());
-        if let Some(tls) = tls.or_else(|| error.downcast_ref::<rustls::Error>()) {
-            return matches!(
-                tls,
-                rustls::Error::InvalidCertificate(_)
-                    | rustls::Error::AlertReceived(_)
-                    | rustls::Error::PeerIncompatible(_)
-                    | rustls::Error::NoCertificatesPresented
-            );
-        }
-        source = error.source();
+fn tls_failure(error: &(dyn std::error::Error + 'static)) -> bool {
+    if let Some(tls) = error.downcast_ref::<rustls::Error>() {
+        return matches!(
+            tls,
+            rustls::Error::InvalidCertificate(_)
+                | rustls::Error::AlertReceived(_)
+                | rustls::Error::PeerIncompatible(_)
+                | rustls::Error::NoCertificatesPresented
+        );
     }
-    false
+    // An I/O error's source is the source of the error that it wraps: the wrapped one itself would be passed over.
+    let wrapped = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref);
+    wrapped.is_some_and(|inner| tls_failure(inner)) || error.source().is_some_and(tls_failure)
 }
 
 /// Returns an error with all that led to it, each part once.

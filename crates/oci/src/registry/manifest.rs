@@ -231,8 +231,12 @@ impl Repository {
                 _ => return Err(answer.into_error().await),
             }
             answer.check_encoding()?;
-            match answer.body(&what(), limit).await {
-                Ok(body) => return Ok(Small { url: answer.url.clone(), headers: answer.headers().clone(), body }),
+            let outcome = answer.body(&what(), limit).await;
+            let (url, headers) = (answer.url.clone(), answer.headers().clone());
+            // Not kept while waiting: it has a place among the host's requests.
+            drop(answer);
+            match outcome {
+                Ok(body) => return Ok(Small { url, headers, body }),
                 Err(error) if error.is_transient() && attempts.pause(None).await => self.client.count_retry(),
                 Err(error) => return Err(error),
             }

@@ -8,7 +8,7 @@ use std::{
     sync::{Mutex, PoisonError, atomic::Ordering},
 };
 
-use http::{HeaderMap, Method, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use loris_format::digest::Digest;
 use reqwest::Url;
 
@@ -137,24 +137,22 @@ impl Client {
         attempts: &mut Attempts,
     ) -> Result<Answer, Error> {
         loop {
-            let outcome = self.send_once(host, call).await;
-            let (may_repeat, wait) = match &outcome {
+            let (error, may_repeat, wait) = match self.send_once(host, call).await {
                 Ok(answer) if retry::is_transient(answer.status()) => {
-                    let refused = retry::is_refusal(answer.status());
-                    (
-                        call.repeat == Repeat::Always || (refused && call.repeat == Repeat::IfRefused),
-                        retry::retry_after(answer.headers()),
-                    )
+                    let refused = retry::is_refusal(answer.status()) && call.repeat == Repeat::IfRefused;
+                    let wait = retry::retry_after(answer.headers());
+                    // Read now: an answer that is kept while waiting would keep its place, too.
+                    (answer.into_error().await, refused || call.repeat == Repeat::Always, wait)
                 }
-                Ok(_) => return outcome,
-                Err(error) => (error.is_transient() && call.repeat == Repeat::Always, None),
+                Ok(answer) => return Ok(answer),
+                Err(error) => {
+                    let may_repeat = error.is_transient() && call.repeat == Repeat::Always;
+                    (error, may_repeat, None)
+                }
             };
             // Payloads that are gone can't be sent again, whatever the method.
             if !may_repeat || !call.payload.is_ready() || !attempts.pause(wait).await {
-                return match outcome {
-                    Ok(answer) => Err(answer.into_error().await),
-                    Err(error) => Err(error),
-                };
+                return Err(error);
             }
             self.count_retry();
         }
@@ -193,30 +191,26 @@ impl Client {
             let mut answer = self.exchange(&call.method, &url, headers, &mut call.payload, (lane, patience)).await?;
             let status = answer.status();
 
-            if status == StatusCode::UNAUTHORIZED && !foreign {
+            if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && !foreign {
                 let challenges = answer.headers().get_all(header::WWW_AUTHENTICATE);
                 let challenge = Challenge::best(challenges.into_iter().filter_map(|value| value.to_str().ok()));
-                refusals += 1;
-                if let Some(challenge) = challenge {
-                    host.refused(challenge.clone(), shown.as_ref(), &call.scopes).await;
-                    if let Challenge::Bearer { scope: Some(scope), .. } = &challenge {
-                        call.scopes.merge(scope);
-                    }
-                    // The same password again would be refused again; a token is a new one.
-                    let futile = challenge == Challenge::Basic
-                        && host.authorization(self, call.repository, &call.scopes).await?.as_ref() == shown.as_ref();
-                    if refusals <= MAX_REFUSALS && !futile && call.payload.is_ready() {
+                let detail = answer.words().await;
+                // Whoever asks for a token needs a place at this host, perhaps the one that the answer has.
+                drop(answer);
+                if let Some(challenge) = challenge.filter(|_| status == StatusCode::UNAUTHORIZED) {
+                    refusals += 1;
+                    if refusals <= MAX_REFUSALS
+                        && self.has_more_to_show(host, call, challenge, shown.as_ref()).await?
+                        && call.payload.is_ready()
+                    {
                         continue;
                     }
                 }
+                return Err(Error::Denied { place: format!("{}/{}", host.name, call.repository), detail });
             }
             if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && direct {
                 // Of another host's refusal no log-in can be the cure.
-                return Err(if foreign {
-                    answer.into_error().await
-                } else {
-                    denied(host, call.repository, answer).await
-                });
+                return Err(answer.into_error().await);
             }
             if !is_followed(status, &call.method) {
                 if let Some(key) = call.blob.as_ref().filter(|_| foreign && direct && status.is_success()) {
@@ -240,11 +234,24 @@ impl Client {
             }
         }
     }
-}
 
-async fn denied(host: &Host, repository: &str, mut answer: Answer) -> Error {
-    let detail = answer.words().await;
-    Error::Denied { place: format!("{}/{repository}", host.name), detail }
+    /// Takes note of a challenge and says whether there is anything to show that was not shown yet.
+    async fn has_more_to_show(
+        &self,
+        host: &Host,
+        call: &mut Call<'_>,
+        challenge: Challenge,
+        shown: Option<&HeaderValue>,
+    ) -> Result<bool, Error> {
+        // Forgotten under the scopes that it was asked for, which may be fewer than those that are wanted.
+        host.refused(challenge.clone(), shown, &call.scopes).await;
+        if let Challenge::Bearer { scope: Some(scope), .. } = &challenge {
+            call.scopes.merge(scope);
+        }
+        // The same password again would be refused again; a token is a new one.
+        Ok(challenge != Challenge::Basic
+            || host.authorization(self, call.repository, &call.scopes).await?.as_ref() != shown)
+    }
 }
 
 /// Says whether an answer leads on. A method that changes something must stay what it is (307, 308).

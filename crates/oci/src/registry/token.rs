@@ -219,7 +219,13 @@ async fn ask(
             hops += 1;
             continue;
         }
-        if retry::is_transient(status) && attempts.pause(retry::retry_after(answer.headers())).await {
+        if retry::is_transient(status) {
+            let wait = retry::retry_after(answer.headers());
+            // Read before waiting: the answer has a place among the host's requests.
+            let error = answer.into_error().await;
+            if !attempts.pause(wait).await {
+                return Err(error);
+            }
             client.count_retry();
             continue;
         }

@@ -100,17 +100,20 @@ impl Client {
                 None
             }
             Payload::Bytes(bytes) => {
+                // Said also of a body that is empty, where the library would leave it out.
+                headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
                 counters.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 Some(Body::from(bytes.clone()))
             }
             Payload::Once(stream, length) => {
                 headers.insert(header::CONTENT_LENGTH, HeaderValue::from(*length));
                 let stream = stream.take().ok_or_else(|| error::wrong(method, url, "its content was sent already"))?;
-                let (sent, counters) = (sent.clone(), counters.clone());
+                let (sent, counters, gate) = (sent.clone(), counters.clone(), place.gate().clone());
                 Some(Body::wrap_stream(stream.inspect(move |chunk| {
                     let bytes = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
                     sent.fetch_add(bytes.max(1), Ordering::Relaxed);
                     counters.sent.fetch_add(bytes, Ordering::Relaxed);
+                    gate.moved();
                 })))
             }
         };
@@ -137,7 +140,6 @@ impl Client {
                         return Err(error::broken(method, url, format!("no answer within {seconds} seconds")));
                     }
                     before = now;
-                    place.moved();
                 }
             }
         };
@@ -195,7 +197,7 @@ impl Answer {
             }
         };
         if let Some(bytes) = &next {
-            self.place.moved();
+            self.place.gate().moved();
             self.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
         Ok(next)

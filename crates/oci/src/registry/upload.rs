@@ -253,7 +253,7 @@ impl Repository {
         url.query_pairs_mut().append_pair("digest", &descriptor.digest.to_string());
         let mut call = Call::write(Method::PUT, url, &self.name);
         call = call.header(header::CONTENT_TYPE, "application/octet-stream");
-        call.lane = Lane::Blob;
+        call.lane = Lane::Upload;
         call.patience = Patience::Commit;
         call.repeat = repeat;
         call.payload = payload;
@@ -379,7 +379,7 @@ impl Repository {
             let mut call = Call::write(Method::PATCH, session.location.clone(), &self.name)
                 .header(header::CONTENT_TYPE, "application/octet-stream")
                 .header(header::CONTENT_RANGE, format!("{at}-{}", end - 1));
-            call.lane = Lane::Blob;
+            call.lane = Lane::Upload;
             call.repeat = Repeat::Never;
             call.payload = Payload::Bytes(rest);
             let failure = match self.client.send(&self.host, &mut call, attempts).await {

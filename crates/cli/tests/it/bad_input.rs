@@ -40,6 +40,9 @@ fn toc(blob: &[u8]) -> (usize, Value) {
     (offset, serde_json::from_slice(&archive[512..512 + size]).unwrap())
 }
 
+/// A change to the entries of a table of contents.
+type Change = Box<dyn FnOnce(&mut Vec<Value>)>;
+
 /// Puts another table of contents into a layer of a layout, with all digests right.
 fn replace_toc(layout: &Path, number: usize, change: impl FnOnce(&mut Vec<Value>)) {
     let digest = &layout::layers(layout)[number];
@@ -154,7 +157,7 @@ fn hostile_tables_of_contents_are_refused() {
         let entry = entries.iter_mut().find(|entry| entry["name"] == "changes").expect("a file in the layer");
         entry[key] = value;
     };
-    let cases: Vec<(&str, Box<dyn FnOnce(&mut Vec<Value>)>, &str)> = vec![
+    let cases: Vec<(&str, Change, &str)> = vec![
         ("huge", Box::new(move |e| file(e, "size", json!(1_u64 << 50))), "changes"),
         ("negative", Box::new(move |e| file(e, "size", json!(-1))), "negative"),
         ("outside", Box::new(move |e| file(e, "offset", json!(1_u64 << 40))), "changes"),

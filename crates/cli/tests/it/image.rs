@@ -78,7 +78,7 @@ fn programs(root: &Path) {
         fs::create_dir_all(to.parent().unwrap()).unwrap();
         fs::copy(library, to).unwrap();
     }
-    fs::write(root.join("hello"), format!("echo {}", GREETING)).unwrap();
+    fs::write(root.join("hello"), format!("echo {GREETING}")).unwrap();
     fs::create_dir(root.join("etc")).unwrap();
     fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nweb:x:33:34::/var/www:/bin/sh\n").unwrap();
 }

@@ -15,15 +15,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("loris-serve", &["loris-oci", "loris-format"]),
     (
         "loris",
-        &[
-            "loris-serve",
-            "loris-container",
-            "loris-convert",
-            "loris-mount",
-            "loris-lazy",
-            "loris-oci",
-            "loris-format",
-        ],
+        &["loris-serve", "loris-container", "loris-convert", "loris-mount", "loris-lazy", "loris-oci", "loris-format"],
     ),
     ("loris-testkit", &[]),
     ("xtask", &[]),

@@ -39,8 +39,7 @@ pub fn test(no_install: bool, arguments: &[String]) -> Result<()> {
         counts.take(&line);
     }
     let status = child.wait()?;
-    let skipped: BTreeSet<String> =
-        std::fs::read_to_string(skipped_file.path())?.lines().map(str::to_owned).collect();
+    let skipped: BTreeSet<String> = std::fs::read_to_string(skipped_file.path())?.lines().map(str::to_owned).collect();
     for line in &skipped {
         println!("skipped: {line}");
     }

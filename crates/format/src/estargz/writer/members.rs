@@ -185,7 +185,7 @@ mod tests {
         assert_eq!(all.next().unwrap().pieces, [spooled(0, 1024)]);
         let second = all.next().unwrap();
         assert_eq!(second.pieces, [spooled(1024, 1024)]);
-        assert_eq!(second.headers, [512..1024]);
+        assert_eq!(second.headers, std::slice::from_ref(&(512..1024)));
         assert!(all.next().is_none());
     }
 

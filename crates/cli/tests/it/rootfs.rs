@@ -60,7 +60,9 @@ fn a_large_image_is_read_from_a_registry_file_by_file() {
     assert_eq!(report["lazy"], true, "{report}");
     assert_eq!(report["layers"].as_array().unwrap().len(), 4);
     for layer in report["layers"].as_array().unwrap() {
-        assert_eq!(layer["contents"]["cached_extents"], layer["contents"]["extents"], "{layer}");
+        let [cached, all] = ["cached_extents", "extents"].map(|key| layer["contents"][key].as_u64().unwrap());
+        // What higher layers hide was not read; it is little.
+        assert!(cached <= all && cached * 100 >= all * 95, "{layer}");
     }
     let digests = report["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap().to_owned());
     let digests: Vec<String> = digests.collect();
@@ -122,12 +124,7 @@ fn containers_run_over_the_large_image() {
         (&["-w", "/usr/share"], &["pwd"], 0, "/usr/share\n"),
         (&["-u", "33:44"], &["sh", "-c", "id -u; id -g"], 0, "33\n44\n"),
         (&["-u", "www-data"], &["id", "-un"], 0, "www-data\n"),
-        (
-            &[],
-            &["sh", "-c", "echo new > /etc/new; rm /etc/hostname; cat /etc/new; ls /etc/hostname || true"],
-            0,
-            "new\n",
-        ),
+        (&[], &["sh", "-c", "echo new > /etc/new; rm /etc/issue; cat /etc/new; ls /etc/issue || true"], 0, "new\n"),
         (&["--read-only"], &["sh", "-c", "echo new > /etc/new || echo no"], 0, "no\n"),
         (&[], &["/no/such/program"], 127, ""),
     ] {

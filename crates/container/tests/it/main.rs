@@ -2,6 +2,7 @@
 //!
 //! The root file system is an empty directory into which the host's `/usr` is mounted as a volume, so that there is a
 //! shell without an image.
+#![allow(clippy::unwrap_used)]
 
 use std::{
     fs::{self, File},

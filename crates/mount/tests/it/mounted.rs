@@ -128,7 +128,6 @@ fn a_large_directory() {
     let mut buffer = Vec::with_capacity(1 << 10);
     let mut first = rustix::fs::RawDir::new(&big, buffer.spare_capacity_mut());
     let cookie = std::iter::from_fn(|| first.next().map(|entry| entry.unwrap().next_entry_cookie())).nth(10).unwrap();
-    drop(first);
     rustix::fs::seek(&big, rustix::fs::SeekFrom::Start(cookie)).unwrap();
     let mut again = rustix::fs::RawDir::new(&big, buffer.spare_capacity_mut());
     let name = again.next().unwrap().unwrap().file_name().to_owned();
@@ -155,7 +154,8 @@ fn extended_attributes() {
         let mut buffer = vec![0; room];
         rustix::fs::lgetxattr(path, name, &mut buffer[..]).map(|length| buffer[..length].to_vec())
     };
-    let cases: [(&Path, &str, usize, Result<&[u8], Errno>); 8] = [
+    type Case<'a> = (&'a Path, &'a str, usize, Result<&'a [u8], Errno>);
+    let cases: [Case<'_>; 8] = [
         (&a, "user.b", 16, Ok(b"beta")),
         (&a, "user.b", 4, Ok(b"beta")),
         (&a, "user.b", 3, Err(Errno::RANGE)),

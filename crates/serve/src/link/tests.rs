@@ -43,7 +43,7 @@ fn exchange(address: SocketAddr, up: &[u8]) -> Vec<u8> {
 }
 
 fn pattern(count: usize) -> Vec<u8> {
-    (0..count).map(|position| (position % 251) as u8).collect()
+    (0..=250).cycle().take(count).collect()
 }
 
 #[test]

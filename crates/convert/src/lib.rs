@@ -13,6 +13,8 @@
 //!
 //! What this crate must not know: which kind of place an image comes from or goes to, mounts, terminals.
 #![forbid(unsafe_code)]
+// Blobs in tests have a few kilobytes.
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
 
 mod carry;
 pub mod copy;

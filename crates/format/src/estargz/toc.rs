@@ -2,7 +2,7 @@
 //!
 //! Format: `docs/estargz.md` of containerd/stargz-snapshotter, section "TOC, TOCEntries and Footer". The one writer in
 //! the field is Go's `encoding/json` with `MarshalIndent(toc, "", "\t")`; [`TocWriter`] writes what it would write, byte
-//! for byte, and [`read`] takes what its reader takes: unknown keys are passed over, the last of several equal keys
+//! for byte, and [`read()`] takes what its reader takes: unknown keys are passed over, the last of several equal keys
 //! counts, `null` is as good as absent, and text that is not UTF-8 becomes U+FFFD.
 //!
 //! Two extensions, both ignored by other readers:

@@ -109,3 +109,25 @@ fn a_user_mounts_through_fusermount() {
     assert!(child.status.success() && said.contains("mounted without privileges"), "{child:?}");
     assert_nothing_mounted(directory.path());
 }
+
+/// In a user namespace of one's own one is root, and mounts everything oneself: the way of rootless containers.
+#[test]
+fn a_user_namespace_mounts_by_itself() {
+    let test = "a_user_namespace_mounts_by_itself";
+    let Some(unshare) = loris_testkit::require_peer(test, "unshare") else { return };
+    if !loris_testkit::require_fuse(test) {
+        return;
+    }
+    let child = Command::new(unshare)
+        .args(["--user", "--map-root-user", "--mount", "--propagation=private"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--nocapture", "--exact", "read::many_readers_at_random", "rootfs::changes_are_discarded_or_kept"])
+        .output()
+        .unwrap();
+    let (said, warned) = (String::from_utf8_lossy(&child.stdout), String::from_utf8_lossy(&child.stderr));
+    if warned.contains("unshare failed") {
+        loris_testkit::skip(test, "user namespaces");
+        return;
+    }
+    assert!(child.status.success() && said.contains("2 passed") && !warned.contains("skipped"), "{child:?}");
+}

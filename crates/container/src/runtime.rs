@@ -11,7 +11,7 @@ use std::{
     collections::VecDeque,
     ffi::OsString,
     fs,
-    io::{self, Write},
+    io::{self, Read},
     os::fd::{AsFd, OwnedFd},
     os::unix::process::ExitStatusExt,
     path::{Path, PathBuf},
@@ -239,7 +239,7 @@ impl Runner {
         };
         let started = directory.join("pid").exists();
         match &self.runtime {
-            Runtime::External(_) if !started && code != 0 => explain_failure(&directory.join("log")),
+            Runtime::External(_) if !started && code != 0 => failure_code(&directory.join("log")).unwrap_or(code),
             _ => code,
         }
     }
@@ -350,25 +350,47 @@ async fn wait(
     }
 }
 
-/// Finds out why an installed runtime did not start the container, and says so.
-fn explain_failure(log: &Path) -> u8 {
-    use std::io::Read;
+/// Finds out why an installed runtime did not start a container, which it has said on standard error itself. Nothing is
+/// known if it has no reason in its log.
+fn failure_code(log: &Path) -> Option<u8> {
     let mut text = String::new();
-    if let Ok(file) = fs::File::open(log) {
-        let _ = file.take(LOG_BYTES).read_to_string(&mut text);
-    }
+    fs::File::open(log).ok()?.take(LOG_BYTES).read_to_string(&mut text).ok()?;
     let message = text.lines().rev().find_map(|line| {
         let line: serde_json::Value = serde_json::from_str(line).ok()?;
-        Some(line.get("msg")?.as_str()?.to_owned())
-    });
-    let message = message.unwrap_or_default();
-    let _ = writeln!(io::stderr(), "the runtime did not start the container: {message}");
-    let has = |words: &[&str]| words.iter().any(|words| message.to_ascii_lowercase().contains(words));
+        Some(line.get("msg")?.as_str()?.to_ascii_lowercase())
+    })?;
+    let has = |words: &[&str]| words.iter().any(|words| message.contains(words));
     // Runtimes have no codes for it; these are the words of runc, crun and youki.
-    let about_program = has(&["exec", "open executable", "find executable"]);
-    match () {
+    let about_program = has(&["exec", "find executable"]);
+    Some(match () {
         () if about_program && has(&["not found", "no such file"]) => NOT_FOUND,
         () if about_program && has(&["permission denied", "is a directory", "exec format"]) => NOT_EXECUTABLE,
         () => NOT_STARTED,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_runtimes() {
+        let directory = tempfile::tempdir().unwrap();
+        let log = directory.path().join("log");
+        assert_eq!(failure_code(&log), None);
+        let cases = [
+            ("exec: \\\"x\\\": executable file not found in $PATH", NOT_FOUND),
+            ("unable to start container process: exec: \\\"/x\\\": stat /x: no such file or directory", NOT_FOUND),
+            ("executable file `x` not found in $PATH: No such file or directory", NOT_FOUND),
+            ("open executable: Permission denied", NOT_EXECUTABLE),
+            ("exec: \\\"/text\\\": permission denied", NOT_EXECUTABLE),
+            ("cgroups in hybrid mode not supported", NOT_STARTED),
+            ("mount `/x`: Permission denied", NOT_STARTED),
+        ];
+        for (message, code) in cases {
+            let line = format!("{{\"level\":\"error\",\"msg\":\"{message}\"}}\n");
+            fs::write(&log, format!("{{\"level\":\"debug\",\"msg\":\"x\"}}\n{line}not json\n")).unwrap();
+            assert_eq!(failure_code(&log), Some(code), "{message}");
+        }
     }
 }

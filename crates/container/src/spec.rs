@@ -281,7 +281,8 @@ impl Container {
             "linux": {
                 "namespaces": namespaces,
                 "resources": { "devices": devices() },
-                "cgroupsPath": format!("/loris/{id}"),
+                // One level: runtimes remove what is at the path, and nothing above it.
+                "cgroupsPath": format!("/loris-{id}"),
                 "maskedPaths": MASKED_PATHS,
                 "readonlyPaths": READ_ONLY_PATHS,
             },

@@ -167,7 +167,8 @@ pub struct InitProcess {
 /// Returns the container's first process, if it is alive.
 pub fn init_process(path: &Path) -> io::Result<Option<InitProcess>> {
     let Ok(text) = fs::read_to_string(path.join("pid")) else { return Ok(None) };
-    let Some(pid) = text.trim().parse().ok().and_then(Pid::from_raw) else { return Ok(None) };
+    let pid = text.trim().parse().ok().filter(|pid| *pid > 0);
+    let Some(pid) = pid.and_then(Pid::from_raw) else { return Ok(None) };
     let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
         Ok(descriptor) => descriptor,
         // Linux says that the number is too large, or that it is a thread's.

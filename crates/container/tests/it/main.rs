@@ -331,15 +331,15 @@ fn terminals() {
                     ours.write_all(b"hello\r").unwrap();
                 }
                 if seen.contains("<hello>") {
-                    return seen;
+                    break;
                 }
             }
-            String::from_utf8_lossy(&text).into_owned()
+            // Once our end is closed, the other end can't tell its settings.
+            (String::from_utf8_lossy(&text).into_owned(), ours)
         });
         let code = run(&case.runner, container, streams, |_| {}).unwrap();
+        let (seen, _ours) = conversation.join().unwrap();
         let after = rustix::termios::tcgetattr(theirs.as_fd()).unwrap();
-        drop(theirs);
-        let seen = conversation.join().unwrap();
         assert_eq!(code, 5, "{runtime:?} {seen}");
         for expected in ["/dev/pts/0\r\n", "xterm\r\n", "33 77\r\n", "<hello>"] {
             assert!(seen.contains(expected), "{expected:?} in {runtime:?} {seen:?}");

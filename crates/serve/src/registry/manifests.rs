@@ -33,7 +33,7 @@ struct Manifest {
     #[serde(default)]
     config: Option<Blob>,
     #[serde(default)]
-    layers: Vec<Blob>,
+    layers: Option<Vec<Blob>>,
     #[serde(default)]
     subject: Option<Blob>,
     #[serde(default)]
@@ -94,6 +94,10 @@ pub async fn put(registry: &Registry, repository: Repository, reference: Referen
         Reference::Digest(digest) => *digest,
         Reference::Tag(_) => Digest::sha256_of(&bytes),
     };
+    // The deserializer would take a list of values for an object too.
+    if bytes.trim_ascii_start().first() != Some(&b'{') {
+        return Err(Problem::manifest_invalid("not a JSON object"));
+    }
     let manifest: Manifest =
         serde_json::from_slice(&bytes).map_err(|error| Problem::manifest_invalid(error.to_string()))?;
     let media_type = match (content_type, &manifest.media_type) {
@@ -151,7 +155,7 @@ fn store(
     bytes: &[u8],
     tag: Option<&Tag>,
 ) -> Result<(), Problem> {
-    for blob in manifest.config.iter().chain(&manifest.layers) {
+    for blob in manifest.config.iter().chain(manifest.layers.iter().flatten()) {
         let elsewhere = blob.urls.as_ref().is_some_and(|urls| !urls.is_empty());
         if !elsewhere && registry.storage().blob(repository, &blob.digest)?.is_none() {
             return Err(Problem::manifest_blob_unknown(format!("{} has not been pushed", blob.digest)));

@@ -6,7 +6,7 @@
 //! | 1 | failed, or `verify` found faults |
 //! | 2 | the command line is wrong |
 //! | 3 | a policy said no: content that nothing vouches for |
-//! | other | the exit status of the container that `loris run` ran |
+//! | other | of `run`: the container's, or as `docker run` has it 125 (not started), 126 (not executable), 127 (not found) |
 
 use std::process::ExitCode;
 

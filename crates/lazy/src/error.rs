@@ -163,7 +163,7 @@ pub enum LayerError {
     /// Nothing in the manifest vouches for the table of contents.
     #[error(
         "layer {layer} has a table of contents, but its manifest lacks the annotation {annotation} that vouches for it; \
-         `loris verify --fix` restores it, or allow unverified layers"
+         convert the image again, or allow unverified layers"
     )]
     Unvouched {
         /// The compressed blob.

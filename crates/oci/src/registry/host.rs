@@ -13,7 +13,14 @@ use reqwest::Url;
 use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
 use super::{
-    Client, challenge::Challenge, connections::may_be_plain, location::split_port, scope::Scopes, tls, token::Slot,
+    Client,
+    challenge::Challenge,
+    connections::may_be_plain,
+    location::{is_loopback, split_port},
+    retry::Attempts,
+    scope::Scopes,
+    tls,
+    token::Slot,
 };
 use crate::{
     Reference,
@@ -72,24 +79,44 @@ impl Host {
 
     async fn find_base(&self, client: &Client) -> Result<Url, Error> {
         let config = client.config();
-        let plain = if config.plain_http {
-            true
-        } else if may_be_plain(config, &self.api) {
-            let (host, port) = split_port(&self.api);
-            let patience = TLS_PROBE.min(config.connect_timeout);
-            match tls::speaks_tls(host, port.unwrap_or(443), patience).await {
-                Ok(tls) => !tls,
-                // With a port, the request itself will say what is wrong with it. Without one, port 80 may answer.
-                Err(_) => port.is_none(),
-            }
-        } else {
-            false
-        };
+        let plain = config.plain_http || (may_be_plain(config, &self.api) && !self.speaks_tls(client).await?);
         let scheme = if plain { "http" } else { "https" };
         format!("{scheme}://{}/", self.api).parse().map_err(|_| Error::Invalid {
             what: format!("registry {:?}", self.name),
             detail: "it is not a host that an address can be made of".to_owned(),
         })
+    }
+
+    /// Finds out whether a host that may be spoken to in plain HTTP speaks TLS.
+    async fn speaks_tls(&self, client: &Client) -> Result<bool, Error> {
+        let config = client.config();
+        let (host, port) = split_port(&self.api);
+        let patience = TLS_PROBE.min(config.connect_timeout);
+        let mut attempts = Attempts::new(config);
+        loop {
+            let error = match tls::speaks_tls(host, port.unwrap_or(443), patience).await {
+                Ok(tls) => return Ok(tls),
+                Err(error) => error,
+            };
+            // Without a port it may be at either.
+            if port.is_none() && tls::speaks_tls(host, 80, patience).await.is_ok() {
+                return Ok(false);
+            }
+            if !is_loopback(host) {
+                // It may be there for a proxy only: a request will show.
+                return Ok(true);
+            }
+            if !attempts.pause(None).await {
+                return Err(Error::Registry {
+                    method: "CONNECT".to_owned(),
+                    url: self.api.clone(),
+                    status: None,
+                    detail: error.to_string(),
+                    transient: true,
+                });
+            }
+            client.count_retry();
+        }
     }
 
     /// Returns what the registry wants to be shown, where it has said so.

@@ -36,6 +36,9 @@ impl Attempts {
         self.left = left;
         let wait = self.next_delay(retry_after);
         self.failed += 1;
+        if let Some(asked) = retry_after.filter(|asked| !asked.is_zero()) {
+            tracing::info!(asked_seconds = asked.as_secs(), seconds = wait.as_secs_f32(), "the registry asks to wait");
+        }
         tokio::time::sleep(wait).await;
         true
     }

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use reqwest::{Body, Url};
 
@@ -91,38 +91,34 @@ impl Client {
 
         // Bodies are compared with digests: nothing on the way may encode them.
         headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("identity"));
-        let sent = Arc::new(AtomicU64::new(0));
-        let body = match payload {
-            Payload::Empty => {
-                if !matches!(*method, Method::GET | Method::HEAD | Method::DELETE) {
-                    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(0));
-                }
-                None
-            }
-            Payload::Bytes(bytes) => {
-                // Said also of a body that is empty, where the library would leave it out.
-                headers.insert(header::CONTENT_LENGTH, HeaderValue::from(bytes.len()));
-                counters.sent.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-                Some(Body::from(bytes.clone()))
-            }
+        let (content, length): (Option<BlobStream>, u64) = match payload {
+            Payload::Empty => (None, 0),
+            Payload::Bytes(bytes) => (Some(pieces(bytes.clone())), bytes.len() as u64),
             Payload::Once(stream, length) => {
-                headers.insert(header::CONTENT_LENGTH, HeaderValue::from(*length));
                 let stream = stream.take().ok_or_else(|| error::wrong(method, url, "its content was sent already"))?;
-                let (sent, counters, gate) = (sent.clone(), counters.clone(), place.gate().clone());
-                Some(Body::wrap_stream(stream.inspect(move |chunk| {
-                    let bytes = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
-                    sent.fetch_add(bytes.max(1), Ordering::Relaxed);
-                    counters.sent.fetch_add(bytes, Ordering::Relaxed);
-                    gate.moved();
-                })))
+                (Some(stream), *length)
             }
         };
+        // Said also where it is 0, which the library would leave out.
+        if !matches!(*method, Method::GET | Method::HEAD | Method::DELETE) {
+            headers.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+        }
+        let sent = Arc::new(AtomicU64::new(0));
+        let body = content.map(|content| {
+            let (sent, counters, gate) = (sent.clone(), counters.clone(), place.gate().clone());
+            Body::wrap_stream(content.inspect(move |chunk| {
+                let bytes = chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+                sent.fetch_add(bytes, Ordering::Relaxed);
+                counters.sent.fetch_add(bytes, Ordering::Relaxed);
+                gate.moved();
+            }))
+        });
         let mut request = reqwest::Request::new(method.clone(), url.clone());
         *request.headers_mut() = headers;
         *request.body_mut() = body;
 
         let stall = config.stall_timeout;
-        let allowed = match patience {
+        let patience = match patience {
             Patience::Step => stall,
             Patience::Commit => config.commit_timeout,
         };
@@ -130,10 +126,11 @@ impl Client {
         let mut answering = std::pin::pin!(connection.http.execute(request));
         let mut before = 0;
         let response = loop {
+            // Until the content is taken, what counts is whether it moves; from then on the registry may think.
+            let allowed = if before < length { stall } else { patience };
             match tokio::time::timeout(allowed, &mut answering).await {
                 Ok(response) => break response.map_err(|error| error::transport(method, url, error))?,
                 Err(_) => {
-                    // While the body is being taken, the answer can't come.
                     let now = sent.load(Ordering::Relaxed);
                     if now == before {
                         let seconds = allowed.as_secs_f32();
@@ -150,6 +147,15 @@ impl Client {
     pub(super) fn count_retry(&self) {
         self.counters().retries.fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// Cuts bytes that are in memory, so that it can be seen how they are taken.
+fn pieces(mut bytes: Bytes) -> BlobStream {
+    const PIECE: usize = 64 << 10;
+    Box::pin(stream::iter(std::iter::from_fn(move || {
+        let piece = bytes.split_to(bytes.len().min(PIECE));
+        (!piece.is_empty()).then_some(Ok(piece))
+    })))
 }
 
 impl Answer {

@@ -61,8 +61,8 @@ fn a_large_image_is_read_from_a_registry_file_by_file() {
     assert_eq!(report["layers"].as_array().unwrap().len(), 4);
     for layer in report["layers"].as_array().unwrap() {
         let [cached, all] = ["cached_extents", "extents"].map(|key| layer["contents"][key].as_u64().unwrap());
-        // What higher layers hide was not read; it is little.
-        assert!(cached <= all && cached * 100 >= all * 95, "{layer}");
+        // Landmarks and what higher layers hide were not read.
+        assert!(cached <= all && all - cached <= 32, "{layer}");
     }
     let digests = report["layers"].as_array().unwrap().iter().map(|layer| layer["digest"].as_str().unwrap().to_owned());
     let digests: Vec<String> = digests.collect();

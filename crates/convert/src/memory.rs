@@ -87,6 +87,10 @@ impl Memory {
         state.blobs.insert(*digest, bytes.into());
     }
 
+    pub(crate) fn lose(&self, digest: &Digest) {
+        self.state().blobs.remove(digest);
+    }
+
     fn missing(&self, digest: &Digest) -> Error {
         Error::NotFound { what: digest.to_string(), place: self.name_of() }
     }

@@ -230,7 +230,31 @@ async fn verify_layer(
 ) -> Result<Vec<Finding>, Error> {
     progress.began(Action::Verify, &descriptor.digest, descriptor.size);
     let mut findings = Findings::new(document, descriptor.digest);
-    let table = table_of_contents(source, descriptor, options, &mut findings).await?;
+    let outcome = read_layer(source, descriptor, diff_id, options, progress, &mut findings).await;
+    if let Err(error) = outcome {
+        match (error.place(), &error) {
+            (Some(loris_oci::Error::Corrupt { .. }) | None, Error::Layer { source, .. }) => {
+                findings.error(source.to_string());
+            }
+            (Some(loris_oci::Error::Corrupt { .. } | loris_oci::Error::NotFound { .. }), _) => {
+                findings.error(error.to_string());
+            }
+            _ => return Err(error),
+        }
+    }
+    progress.ended(Action::Verify, &descriptor.digest, Outcome::Done);
+    Ok(findings.finish())
+}
+
+async fn read_layer(
+    source: &dyn ImageSource,
+    descriptor: &Descriptor,
+    diff_id: DiffId,
+    options: &VerifyOptions,
+    progress: &dyn Progress,
+    findings: &mut Findings,
+) -> Result<(), Error> {
+    let table = table_of_contents(source, descriptor, options, findings).await?;
     let (content, counter) = counted(source.blob(descriptor).await?);
     let input = SyncIoBridge::new(StreamReader::new(content.map_err(io::Error::other)));
     let watch = Arc::new(Watch::default());
@@ -242,28 +266,21 @@ async fn verify_layer(
         table,
         limits: options.limits.clone(),
     };
+    let mut own = std::mem::replace(findings, Findings::new(findings.document, findings.layer));
     let work = tokio::task::spawn_blocking(move || {
-        let outcome = layer::check(input, &claims, &watch, &mut findings);
-        (outcome, findings)
+        let outcome = layer::check(input, &claims, &watch, &mut own);
+        (outcome, own)
     });
     let told = |bytes| progress.advanced(Action::Verify, &descriptor.digest, bytes);
-    let (outcome, findings) = match watched(work, &counter, told).await {
-        Ok(done) => done,
+    let outcome = match watched(work, &counter, told).await {
+        Ok((outcome, own)) => {
+            *findings = own;
+            outcome
+        }
         Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
         Err(_) => return Err(Error::Stopped),
     };
-    let mut findings = findings;
-    if let Err(source) = outcome {
-        let error = Error::Layer { digest: descriptor.digest, source };
-        match (error.place(), &error) {
-            (Some(loris_oci::Error::Corrupt { .. }) | None, Error::Layer { source, .. }) => {
-                findings.error(source.to_string());
-            }
-            _ => return Err(error),
-        }
-    }
-    progress.ended(Action::Verify, &descriptor.digest, Outcome::Done);
-    Ok(findings.finish())
+    outcome.map_err(|source| Error::Layer { digest: descriptor.digest, source })
 }
 
 /// Reads an eStargz layer's table of contents by its footer, as a lazy reader does. `None` where there is none to be

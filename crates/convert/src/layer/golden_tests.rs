@@ -194,7 +194,11 @@ fn archives(prefix: &str) -> Vec<(&'static str, Vec<u8>, &'static [&'static str]
 fn the_reference_reads_and_writes_the_same() {
     let Some(reference) = Reference::build("the_reference_reads_and_writes_the_same") else { return };
     for prefix in ["", "./", "/", "../"] {
-        for (name, tar, log) in archives(prefix) {
+        let all = archives(prefix).into_iter();
+        // Each case starts three processes; a prefix makes a difference to names and links only.
+        for (name, tar, log) in
+            all.filter(|(name, ..)| prefix.is_empty() || ["various", "already converted"].contains(name))
+        {
             for (chunk, prioritised) in [(4, &[][..]), (4, log), (4 << 20, log)] {
                 let case = format!("{name}, prefix {prefix:?}, chunk {chunk}, {prioritised:?}");
                 let options = LayerOptions {

@@ -145,31 +145,34 @@ fn a_table_of_contents_that_says_something_else_is_found() {
         ("mode", base(&with(|entry| entry.permissions = 0o4644), b"content"), "mode is 420 in the tar and 2468"),
         ("owner", base(&with(|entry| entry.uid = 5), b"content"), "uid is 0 in the tar and 5"),
         ("time", base(&with(|entry| entry.mtime.seconds = 7), b"content"), "time is"),
-        (
-            "attribute",
-            base(&with(|entry| entry.xattrs.push((b"user.x".as_slice().into(), b"".as_slice().into()))), b"content"),
-            "extended attributes",
-        ),
         ("name", base(&with(|entry| entry.path = b"b".to_vec()), b"content"), "has b in its place"),
         ("type", base(&with(|entry| entry.kind = EntryKind::Fifo), b""), "type is \"reg\" in the tar and \"fifo\""),
         ("one too few", Archive::default().file("before", b"x").end(), "the table of contents does not have it"),
         (
             "one too many",
-            Archive::default().file("before", b"x").entry(&a, b"content").file("more", b"y").end(),
+            Archive::default().file("before", b"x").entry(&a, b"content").file("more", b"").end(),
             "the table of contents has more, the tar has not",
         ),
     ] {
-        let (_, content) = convert(&tar, 100);
-        let (layer, table) = convert(&other, 100);
-        let claimed = Claimed::converted(&tar, 100);
-        let spliced =
-            Claimed { annotations: layer.annotations().to_vec(), ..claimed }.with_blob(splice(&content, &table));
-        let findings = spliced.findings();
-        assert!(
-            findings.iter().any(|finding| finding.starts_with("Error") && finding.contains(want)),
-            "{name}: {findings:#?}"
-        );
+        assert_found(name, &tar, &other, want);
     }
+    // The longer headers are in the tar here: the table's offsets must lie inside the blob, or it is refused at once.
+    let xattrs = vec![(b"user.x".as_slice().into(), b"".as_slice().into())];
+    let richer = base(&Entry { xattrs, ..a.clone() }, b"content");
+    assert_found("attribute", &richer, &tar, "extended attributes (names or values) is \"user.x\" in the tar and \"\"");
+}
+
+/// Checks that a layer with the content of one tar and the table of contents of another one has a finding.
+fn assert_found(name: &str, tar: &[u8], other: &[u8], want: &str) {
+    let (_, content) = convert(tar, 100);
+    let (layer, table) = convert(other, 100);
+    let claimed = Claimed::converted(tar, 100);
+    let spliced = Claimed { annotations: layer.annotations().to_vec(), ..claimed }.with_blob(splice(&content, &table));
+    let findings = spliced.findings();
+    assert!(
+        findings.iter().any(|finding| finding.starts_with("Error") && finding.contains(want)),
+        "{name}: {findings:#?}"
+    );
 }
 
 #[test]
@@ -224,4 +227,13 @@ fn bytes_that_nobody_sees_are_found() {
     let blob = [&layer.blob[..end], &hidden, &layer.blob[end..]].concat();
     let findings = layer.with_blob(blob).findings();
     assert!(!findings.is_empty());
+}
+
+#[test]
+fn a_blob_that_is_not_there_is_found() {
+    let layer = Claimed::converted(&everything().end(), 1000);
+    let (source, digest) = layer.source();
+    source.lose(&digest);
+    let findings = verify(&source);
+    assert!(findings[0].contains("is not in memory"), "{findings:?}");
 }

@@ -130,6 +130,8 @@ func read(reader *estargz.Reader, verifier estargz.TOCEntryVerifier, name string
 	if err != nil {
 		return "", err
 	}
+	// Chunks are known under the name of the entry that a hard link leads to.
+	name = entry.Name
 	for offset := int64(0); offset < entry.Size; {
 		chunk, ok := reader.ChunkEntryForOffset(name, offset)
 		if !ok {

@@ -1,19 +1,10 @@
-//! Blobs in local files: read with verification, staged until an image is complete.
+//! Blobs in local files, read with verification.
 
-use std::{
-    collections::BTreeMap,
-    fs::File,
-    io::{Read as _, Write as _},
-    ops::Range,
-    os::unix::fs::{FileExt as _, PermissionsExt as _},
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{fs::File, ops::Range, os::unix::fs::FileExt as _, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use loris_format::digest::{Digest, Hasher};
-use tempfile::{NamedTempFile, TempDir};
 
 use crate::{
     document::{Descriptor, Document},
@@ -22,7 +13,7 @@ use crate::{
 
 /// Files are read, hashed and written in pieces of this many bytes: large enough that handing a piece to another thread
 /// costs nothing beside hashing it.
-const PIECE_BYTES: usize = 1 << 20;
+pub(crate) const PIECE_BYTES: usize = 1 << 20;
 
 /// Runs what waits for a disk on a thread that may wait.
 pub(crate) async fn blocking<T: Send + 'static>(
@@ -39,18 +30,6 @@ pub(crate) async fn blocking<T: Send + 'static>(
 /// Makes an error of what the system said about a file.
 pub(crate) fn file_error(path: impl AsRef<Path>, source: std::io::Error) -> Error {
     Error::File { path: path.as_ref().display().to_string(), source }
-}
-
-/// Makes a file that is gone when it is dropped, with the mode that a file of the user's has when it is made.
-pub(crate) fn new_file_in(directory: &Path) -> Result<NamedTempFile, Error> {
-    let mode = std::fs::Permissions::from_mode(0o666);
-    let made = tempfile::Builder::new().prefix(".loris-").permissions(mode).tempfile_in(directory);
-    made.map_err(|source| file_error(directory, source))
-}
-
-/// Writes what was renamed in a directory to the disk.
-pub(crate) fn sync_directory(directory: &Path) -> Result<(), Error> {
-    File::open(directory).and_then(|file| file.sync_all()).map_err(|source| file_error(directory, source))
 }
 
 /// Bytes of a file: a blob of a layout, a member of an archive.
@@ -141,159 +120,11 @@ impl Part {
     }
 }
 
-fn check_digest(hasher: Hasher, expected: &Digest, place: &str) -> Result<(), Error> {
+pub(crate) fn check_digest(hasher: Hasher, expected: &Digest, place: &str) -> Result<(), Error> {
     let found = hasher.finish();
     if found == *expected {
         return Ok(());
     }
     let detail = format!("its bytes have the digest {found}");
     Err(Error::Corrupt { what: expected.to_string(), place: place.to_owned(), detail })
-}
-
-/// Blobs that were taken but are not part of an image yet. They are gone when this is dropped.
-pub(crate) struct Stage {
-    directory: TempDir,
-    /// The sink's name, for messages.
-    place: Arc<str>,
-    /// Whether a blob must be on the disk, and not only on its way there, when it counts as taken.
-    durable: bool,
-    blobs: Mutex<BTreeMap<Digest, Staged>>,
-}
-
-/// A blob in a [`Stage`].
-#[derive(Clone, Debug)]
-pub(crate) struct Staged {
-    pub path: PathBuf,
-    pub size: u64,
-}
-
-impl Stage {
-    pub(crate) fn new(directory: TempDir, place: &str, durable: bool) -> Self {
-        Self { directory, place: place.into(), durable, blobs: Mutex::default() }
-    }
-
-    pub(crate) fn directory(&self) -> &Path {
-        self.directory.path()
-    }
-
-    pub(crate) fn get(&self, digest: &Digest) -> Option<Staged> {
-        self.lock().get(digest).cloned()
-    }
-
-    /// Returns all blobs, sorted by digest.
-    pub(crate) fn all(&self) -> Vec<(Digest, Staged)> {
-        self.lock().iter().map(|(digest, staged)| (*digest, staged.clone())).collect()
-    }
-
-    pub(crate) fn has(&self, descriptor: &Descriptor) -> bool {
-        self.get(&descriptor.digest).is_some_and(|staged| staged.size == descriptor.size)
-    }
-
-    /// Takes a blob from a stream, and checks it.
-    pub(crate) async fn put(&self, descriptor: &Descriptor, mut content: BlobStream) -> Result<(), Error> {
-        let mut writer = Writer::new(self, descriptor)?;
-        let mut pieces = Vec::new();
-        let mut waiting = 0;
-        while let Some(piece) = content.next().await.transpose()? {
-            waiting += piece.len();
-            pieces.push(piece);
-            if waiting >= PIECE_BYTES {
-                let pieces = std::mem::take(&mut pieces);
-                waiting = 0;
-                writer = blocking(move || writer.write(&pieces)).await?;
-            }
-        }
-        let (digest, staged) = blocking(move || writer.write(&pieces)?.finish()).await?;
-        self.lock().insert(digest, staged);
-        Ok(())
-    }
-
-    /// Takes a blob from a file, and checks it.
-    pub(crate) async fn put_file(&self, descriptor: &Descriptor, path: &Path) -> Result<(), Error> {
-        let mut writer = Writer::new(self, descriptor)?;
-        let path = path.to_owned();
-        let (digest, staged) = blocking(move || {
-            let mut file = File::open(&path).map_err(|source| file_error(&path, source))?;
-            let mut buffer = vec![0; PIECE_BYTES];
-            loop {
-                match file.read(&mut buffer).map_err(|source| file_error(&path, source))? {
-                    0 => return writer.finish(),
-                    length => writer.write_all(&buffer[..length])?,
-                }
-            }
-        })
-        .await?;
-        self.lock().insert(digest, staged);
-        Ok(())
-    }
-
-    /// Takes a document, which was verified when it was made.
-    pub(crate) async fn put_document(&self, document: &Document) -> Result<(), Error> {
-        let content = stream::iter([Ok(document.bytes.clone())]).boxed();
-        self.put(&document.descriptor(), content).await
-    }
-
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<Digest, Staged>> {
-        // The map is whole between any two statements, so a panic elsewhere leaves nothing half done.
-        self.blobs.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// Writes one blob to a temporary file and refuses what does not fit its descriptor.
-struct Writer {
-    file: NamedTempFile,
-    target: PathBuf,
-    place: Arc<str>,
-    hasher: Hasher,
-    digest: Digest,
-    size: u64,
-    written: u64,
-    durable: bool,
-}
-
-impl Writer {
-    fn new(stage: &Stage, descriptor: &Descriptor) -> Result<Self, Error> {
-        let directory = stage.directory.path();
-        Ok(Self {
-            file: new_file_in(directory)?,
-            target: directory.join(format!("{}-{}", descriptor.digest.algorithm(), descriptor.digest.hex())),
-            place: stage.place.clone(),
-            hasher: descriptor.digest.hasher(),
-            digest: descriptor.digest,
-            size: descriptor.size,
-            written: 0,
-            durable: stage.durable,
-        })
-    }
-
-    fn write(mut self, pieces: &[Bytes]) -> Result<Self, Error> {
-        pieces.iter().try_for_each(|piece| self.write_all(piece))?;
-        Ok(self)
-    }
-
-    fn write_all(&mut self, piece: &[u8]) -> Result<(), Error> {
-        self.written += piece.len() as u64;
-        if self.written > self.size {
-            return Err(self.wrong_size("more"));
-        }
-        self.hasher.update(piece);
-        self.file.write_all(piece).map_err(|source| file_error(self.file.path(), source))
-    }
-
-    fn finish(self) -> Result<(Digest, Staged), Error> {
-        if self.written != self.size {
-            return Err(self.wrong_size(&self.written.to_string()));
-        }
-        check_digest(self.hasher, &self.digest, &self.place)?;
-        if self.durable {
-            self.file.as_file().sync_all().map_err(|source| file_error(self.file.path(), source))?;
-        }
-        self.file.persist(&self.target).map_err(|error| file_error(&self.target, error.error))?;
-        Ok((self.digest, Staged { path: self.target, size: self.size }))
-    }
-
-    fn wrong_size(&self, found: &str) -> Error {
-        let detail = format!("expected {} bytes, found {found}", self.size);
-        Error::Corrupt { what: self.digest.to_string(), place: format!("the source of {}", self.place), detail }
-    }
 }

@@ -186,6 +186,9 @@ impl ImageSource for LayoutSource {
     }
 
     async fn blob(&self, descriptor: &Descriptor) -> Result<BlobStream, Error> {
+        if let Some(bytes) = descriptor.inline() {
+            return Ok(Box::pin(futures_util::stream::iter([Ok(bytes)])));
+        }
         self.part(descriptor).await?.stream(descriptor)
     }
 

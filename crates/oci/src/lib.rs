@@ -23,6 +23,7 @@ pub mod place;
 pub mod platform;
 pub mod reference;
 pub mod registry;
+mod stage;
 
 pub use document::{Descriptor, Document};
 pub use name::{ImageName, OpenOptions, open_sink, open_source};

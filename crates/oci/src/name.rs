@@ -268,10 +268,14 @@ pub struct OpenOptions {
 }
 
 impl OpenOptions {
-    /// Returns options with the system's directory for temporary files and the usual limits.
+    /// Returns options with the usual limits and, for large temporary files, the directory `$TMPDIR`, else `/var/tmp`:
+    /// `/tmp` is in memory on many systems.
     #[must_use]
     pub fn new(registry: Client) -> Self {
-        Self { registry, temp_dir: std::env::temp_dir(), limits: Limits::default() }
+        let on_disk = PathBuf::from("/var/tmp");
+        let is_chosen = std::env::var_os("TMPDIR").is_some() || !on_disk.is_dir();
+        let temp_dir = if is_chosen { std::env::temp_dir() } else { on_disk };
+        Self { registry, temp_dir, limits: Limits::default() }
     }
 }
 

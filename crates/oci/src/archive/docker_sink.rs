@@ -23,10 +23,11 @@ use super::{
     target::Target,
 };
 use crate::{
-    blob::{Stage, Staged, blocking, file_error},
+    blob::{blocking, file_error},
     document::{Descriptor, Document, media_type},
     name::Selector,
     place::{BlobStream, Error, ImageSink},
+    stage::{Stage, Staged},
 };
 
 /// An image in a Docker archive, to be written.
@@ -57,7 +58,7 @@ impl DockerArchiveSink {
         blocking(move || {
             let name = format!("docker-archive:{}{selector}", path.display());
             let target = Target::of_path(&path)?;
-            let stage = Stage::new(target.stage(&temp_dir)?, &name, false);
+            let stage = target.stage(&temp_dir, &name)?;
             Ok(Self { name, target, selector, stage, limits })
         })
         .await
@@ -146,7 +147,7 @@ fn write(
     let item = Item { config: config_path.clone(), repo_tags, layers: layers.iter().map(layer_path).collect() };
     let list = serde_json::to_vec(&[item])
         .map_err(|error| Error::Invalid { what: MANIFEST.to_owned(), detail: error.to_string() })?;
-    target.write(|tar| {
+    target.write(stage, |tar| {
         tar.bytes(MANIFEST, &list)?;
         tar.bytes(&config_path, &config.bytes)?;
         // The same layer may be there twice; its file is not.

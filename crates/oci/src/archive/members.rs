@@ -169,7 +169,13 @@ fn usable(path: &[u8], limits: &Limits) -> Option<Vec<u8>> {
 
 /// Says where in the archive an error is: the reader counts from where it began.
 fn at(base: u64, error: &tar::Error) -> String {
-    if base == 0 { error.to_string() } else { format!("{error} (offsets count from {base})") }
+    match error {
+        tar::Error::Corrupt { offset: 0, .. } if base == 0 => {
+            format!("it is not a tar, nor one that is compressed with gzip or zstd ({error})")
+        }
+        _ if base == 0 => error.to_string(),
+        _ => format!("{error} (offsets count from {base})"),
+    }
 }
 
 /// A file, read from a place on, whoever else reads it.

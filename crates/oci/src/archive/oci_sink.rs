@@ -12,11 +12,12 @@ use loris_format::{digest::Digest, limits::Limits};
 
 use super::target::Target;
 use crate::{
-    blob::{Stage, Staged, blocking, file_error},
+    blob::{blocking, file_error},
     document::{Descriptor, Document, Index, REF_NAME},
     layout::{INDEX, MARKER, Marker, blob_path, referrer},
     name::Selector,
     place::{BlobStream, Error, ImageSink},
+    stage::{Stage, Staged},
 };
 
 /// An image in an OCI archive, to be written.
@@ -51,7 +52,7 @@ impl ArchiveSink {
     }
 
     fn of_target(name: String, target: Target, selector: Selector, temp_dir: &Path) -> Result<Self, Error> {
-        let stage = Stage::new(target.stage(temp_dir)?, &name, false);
+        let stage = target.stage(temp_dir, &name)?;
         Ok(Self { name, target, selector, stage, referrers: Mutex::default() })
     }
 }
@@ -100,15 +101,15 @@ impl ImageSink for ArchiveSink {
         let referrers = self.referrers.lock().unwrap_or_else(PoisonError::into_inner).clone();
         index.manifests.extend(referrers.into_values().filter(|referrer| referrer.digest != root.digest));
         let index = index.to_document()?;
-        let (target, blobs) = (self.target.clone(), self.stage.all());
-        blocking(move || write(&target, &index, &blobs)).await
+        let (target, blobs, stage) = (self.target.clone(), self.stage.all(), self.stage.directory().to_owned());
+        blocking(move || write(&target, &index, &blobs, &stage)).await
     }
 }
 
-fn write(target: &Target, index: &Document, blobs: &[(Digest, Staged)]) -> Result<(), Error> {
+fn write(target: &Target, index: &Document, blobs: &[(Digest, Staged)], stage: &Path) -> Result<(), Error> {
     let marker = serde_json::to_vec(&Marker::current())
         .map_err(|error| Error::Invalid { what: MARKER.to_owned(), detail: error.to_string() })?;
-    target.write(|tar| {
+    target.write(stage, |tar| {
         tar.bytes(MARKER, &marker)?;
         tar.bytes(INDEX, &index.bytes)?;
         tar.directory("blobs/")?;

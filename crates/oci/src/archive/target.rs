@@ -8,11 +8,11 @@ use std::{
 };
 
 use loris_format::tar::{self, EntryKind};
-use tempfile::TempDir;
 
 use crate::{
-    blob::{file_error, new_file_in, sync_directory},
+    blob::file_error,
     place::Error,
+    stage::{Stage, new_file_in, sync_directory},
 };
 
 /// Where an archive is written to.
@@ -50,19 +50,18 @@ impl Target {
         Ok(Self::StandardOutput)
     }
 
-    /// Makes a directory for what waits to be put into the archive: beside the file, where copying within a file system
-    /// may cost nothing.
-    pub(super) fn stage(&self, temp_dir: &Path) -> Result<TempDir, Error> {
+    /// Makes a place for what waits to be put into the archive: beside the file, where copying within a file system may
+    /// cost nothing.
+    pub(super) fn stage(&self, temp_dir: &Path, name: &str) -> Result<Stage, Error> {
         let directory = match self {
             Self::File(path) => parent(path),
             Self::Stream(_) | Self::StandardOutput => temp_dir,
         };
-        let made = tempfile::Builder::new().prefix(".loris-").tempdir_in(directory);
-        made.map_err(|source| file_error(directory, source))
+        Stage::new_in(directory, name, false)
     }
 
-    /// Writes an archive and, where it is a file, puts it in its place. Blocks.
-    pub(super) fn write(&self, fill: impl FnOnce(&mut Tar) -> Result<(), Error>) -> Result<(), Error> {
+    /// Writes an archive and, where it is a file, puts it in its place; until then it is in `stage`. Blocks.
+    pub(super) fn write(&self, stage: &Path, fill: impl FnOnce(&mut Tar) -> Result<(), Error>) -> Result<(), Error> {
         let to_stream = |file: File, name: String| {
             let mut tar = Tar { file, name };
             fill(&mut tar)?;
@@ -79,13 +78,12 @@ impl Target {
                 to_stream(file, path.display().to_string())
             }
             Self::File(path) => {
-                let directory = parent(path);
-                let file = new_file_in(directory)?;
+                let file = new_file_in(stage)?;
                 let handle = file.as_file().try_clone().map_err(|source| file_error(path, source))?;
                 to_stream(handle, path.display().to_string())?;
                 file.as_file().sync_all().map_err(|source| file_error(path, source))?;
                 file.persist(path).map_err(|error| file_error(path, error.error))?;
-                sync_directory(directory)
+                sync_directory(parent(path))
             }
         }
     }

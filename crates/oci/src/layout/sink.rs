@@ -1,12 +1,10 @@
 //! Writing into a layout directory, beside others who do.
 //!
-//! Blobs wait in a directory of their own, inside the layout, until the image is complete; then they are renamed to
-//! their places, and `index.json` is replaced. Whoever dies before that leaves nothing but that directory, which the
-//! next writer removes: its owner holds a lock on it (`flock`), which ends with the process.
+//! Blobs wait inside the layout until the image is complete; then they are renamed to their places, and `index.json` is
+//! replaced, under a lock on the layout's directory (`flock`).
 
 use std::{
     collections::BTreeMap,
-    fs::{DirEntry, File},
     io::Write as _,
     path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
@@ -17,14 +15,12 @@ use loris_format::{digest::Digest, limits::Limits};
 
 use super::{INDEX, MARKER, Marker, blob_path, referrer};
 use crate::{
-    blob::{Stage, blocking, file_error, new_file_in, sync_directory},
+    blob::{blocking, file_error},
     document::{Descriptor, Document, Index, REF_NAME, media_type},
     name::Selector,
     place::{BlobStream, Error, ImageSink},
+    stage::{PREFIX, Stage, lock, new_file_in, sync_directory},
 };
-
-/// How the directories of blobs in waiting are called.
-const STAGE_PREFIX: &str = ".loris-";
 
 /// An image in a layout directory, to be written.
 pub struct LayoutSink {
@@ -32,9 +28,8 @@ pub struct LayoutSink {
     selector: Selector,
     limits: Limits,
     state: Mutex<State>,
-    // Fields are dropped in this order: the stage's directory, its lock, then what was made for it.
+    // Dropped in this order: the stage's directory, then what was made for it.
     stage: Stage,
-    _stage_lock: File,
     _made: Made,
 }
 
@@ -72,16 +67,9 @@ impl LayoutSink {
                 Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Made(None),
                 Err(source) => return Err(file_error(path, source)),
             };
-            let lock = lock(&path)?;
             check_is_ours(&path)?;
-            remove_abandoned(&path);
-            let directory = tempfile::Builder::new().prefix(STAGE_PREFIX).tempdir_in(&path);
-            let directory = directory.map_err(|source| file_error(&path, source))?;
-            let stage_lock = self::lock(directory.path())?;
-            drop(lock);
-            let stage = Stage::new(directory, &format!("oci:{}{selector}", path.display()), true);
-            let state = Mutex::default();
-            Ok(Self { path, selector, limits, state, stage, _stage_lock: stage_lock, _made: made })
+            let stage = Stage::new_in(&path, &format!("oci:{}{selector}", path.display()), true)?;
+            Ok(Self { path, selector, limits, state: Mutex::default(), stage, _made: made })
         })
         .await
     }
@@ -141,10 +129,10 @@ impl LayoutSink {
     /// Moves what waits to its place and lists it.
     async fn publish(&self, root: Option<Descriptor>) -> Result<(), Error> {
         let (path, limits) = (self.path.clone(), self.limits.clone());
-        let blobs = self.stage.all();
+        let (blobs, stage) = (self.stage.all(), self.stage.directory().to_owned());
         let referrers = std::mem::take(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner).referrers);
         blocking(move || {
-            let _lock = lock(&path)?;
+            let _lock = lock(&path);
             for (digest, staged) in blobs {
                 let target = path.join(blob_path(&digest));
                 // Moved by an earlier call.
@@ -177,9 +165,9 @@ impl LayoutSink {
             if !path.join(MARKER).exists() {
                 let marker = serde_json::to_vec(&Marker::current());
                 let marker = marker.map_err(|error| file_error(path.join(MARKER), error.into()))?;
-                replace(&path, MARKER, &marker)?;
+                replace(&path, MARKER, &marker, &stage)?;
             }
-            replace(&path, INDEX, &document.bytes)
+            replace(&path, INDEX, &document.bytes, &stage)
         })
         .await
     }
@@ -214,8 +202,8 @@ fn read_index(path: &Path, limits: &Limits) -> Result<Index, Error> {
 }
 
 /// Replaces a small file at once, for readers and for the disk.
-fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<(), Error> {
-    let mut file = new_file_in(directory)?;
+fn replace(directory: &Path, name: &str, bytes: &[u8], stage: &Path) -> Result<(), Error> {
+    let mut file = new_file_in(stage)?;
     let target = directory.join(name);
     let written = file.write_all(bytes).and_then(|()| file.as_file().sync_all());
     written.map_err(|source| file_error(&target, source))?;
@@ -227,38 +215,17 @@ fn is_there(path: &Path, digest: &Digest, size: u64) -> bool {
     std::fs::metadata(path.join(blob_path(digest))).is_ok_and(|found| found.is_file() && found.len() == size)
 }
 
-/// Locks a directory against others who write to it; the lock ends when the file is closed.
-fn lock(path: &Path) -> Result<File, Error> {
-    let locked = File::open(path).and_then(|directory| directory.lock().map(|()| directory));
-    locked.map_err(|source| file_error(path, source))
-}
-
 /// Refuses to turn a directory with something else in it into a layout.
 fn check_is_ours(path: &Path) -> Result<(), Error> {
     if path.join(MARKER).exists() {
         return Ok(());
     }
     let mut entries = std::fs::read_dir(path).map_err(|source| file_error(path, source))?.flatten();
-    match entries.find(|entry| !entry.file_name().to_string_lossy().starts_with(STAGE_PREFIX)) {
+    match entries.find(|entry| !entry.file_name().to_string_lossy().starts_with(PREFIX)) {
         None => Ok(()),
         Some(entry) => Err(Error::Invalid {
             what: path.display().to_string(),
             detail: format!("not an OCI layout and not empty (it holds {:?})", entry.file_name()),
         }),
-    }
-}
-
-/// Removes what writers left behind who died. Called with the layout locked, so that none is just making its own.
-fn remove_abandoned(path: &Path) {
-    let Ok(entries) = std::fs::read_dir(path) else { return };
-    let is_ours = |entry: &DirEntry| entry.file_name().to_string_lossy().starts_with(STAGE_PREFIX);
-    for entry in entries.flatten().filter(is_ours) {
-        let Ok(kind) = entry.file_type() else { continue };
-        if kind.is_file() {
-            // Small files are made, renamed and removed under the layout's lock only.
-            let _ = std::fs::remove_file(entry.path());
-        } else if kind.is_dir() && File::open(entry.path()).is_ok_and(|directory| directory.try_lock().is_ok()) {
-            let _ = std::fs::remove_dir_all(entry.path());
-        }
     }
 }

@@ -17,7 +17,7 @@ use std::{
 };
 
 use loris_container::{
-    runtime::{NOT_EXECUTABLE, NOT_FOUND, RunError, Runner, Runtime, Streams},
+    runtime::{NOT_EXECUTABLE, NOT_FOUND, RunError, Runner, Runtime, Streams, forwarded_signals},
     spec::{Container, Network, Volume, Wishes},
 };
 use loris_oci::document::ProcessConfig;
@@ -107,7 +107,12 @@ fn run(
     let tokio = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let (sender, signals) = mpsc::channel(16);
     let thread = std::thread::spawn(move || meanwhile(sender));
-    let result = tokio.block_on(runner.run(container, streams, signals));
+    let result = tokio.block_on(async {
+        // As `loris run` does: what has a handler here has its default in the container. Where tests are started in the
+        // background, interrupts are ignored, and the container's shell could not trap them.
+        let _forwarded = forwarded_signals().unwrap();
+        runner.run(container, streams, signals).await
+    });
     thread.join().unwrap();
     result
 }

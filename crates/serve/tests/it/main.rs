@@ -1,4 +1,5 @@
 //! The registry over real HTTP: by raw requests, and by skopeo.
+#![allow(clippy::unwrap_used)]
 
 mod peers;
 mod registry;

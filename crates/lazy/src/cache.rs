@@ -29,6 +29,8 @@ use loris_format::{
     position::{BlobRange, DataOffset},
 };
 
+use tokio::sync::watch;
+
 use crate::{
     error::StoreError,
     filled::{BootId, FilledMap, Header, Loaded, sha256},
@@ -51,13 +53,22 @@ pub(crate) struct LayerCache {
     unsynced_bytes: AtomicU64,
     sync_wanted: AtomicBool,
     syncing: Mutex<()>,
+    /// Whether every extent is filled.
+    complete: watch::Sender<bool>,
     /// Held shared until the end; the system gives it back when the file is closed.
-    _lock: File,
+    lock: File,
 }
 
 impl LayerCache {
     /// Opens the files in `directory`, or makes them. Blocks, also for another process that is making them.
-    pub(crate) fn open(directory: &Path, blob: &Digest, index: &LayerIndex) -> Result<Self, StoreError> {
+    ///
+    /// A data file that was `adopted` is used in place of one that is opened here, if it is the one in `directory`.
+    pub(crate) fn open(
+        directory: &Path,
+        blob: &Digest,
+        index: &LayerIndex,
+        adopted: Option<File>,
+    ) -> Result<Self, StoreError> {
         let expected = Expected {
             blob: sha256(blob.to_string().as_bytes()),
             layout: layout(index),
@@ -96,6 +107,11 @@ impl LayerCache {
                 }
             }
         };
+        let data = match adopted {
+            Some(adopted) if is_same_file(&adopted, &data).map_err(StoreError::file(directory))? => adopted,
+            _ => data,
+        };
+        let complete = watch::Sender::new(filled.count() == index.extents().len());
         Ok(Self {
             directory: directory.to_owned(),
             data,
@@ -104,7 +120,8 @@ impl LayerCache {
             unsynced_bytes: AtomicU64::new(0),
             sync_wanted: AtomicBool::new(false),
             syncing: Mutex::new(()),
-            _lock: lock,
+            complete,
+            lock,
         })
     }
 
@@ -154,6 +171,16 @@ impl LayerCache {
         &self.data
     }
 
+    pub(crate) fn lock(&self) -> &File {
+        &self.lock
+    }
+
+    /// Waits until every extent is filled.
+    pub(crate) async fn completed(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.complete.subscribe().wait_for(|complete| *complete).await;
+    }
+
     pub(crate) fn filled(&self) -> &FilledMap {
         &self.filled
     }
@@ -166,6 +193,9 @@ impl LayerCache {
     /// Makes extents count whose `bytes` of content were verified and written.
     pub(crate) fn publish(&self, extents: impl IntoIterator<Item = usize>, bytes: u64) -> io::Result<()> {
         self.filled.publish(extents)?;
+        if self.filled.count() == self.filled.extents() {
+            self.complete.send_replace(true);
+        }
         if self.unsynced_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) >= SYNC_BYTES {
             self.sync_wanted.store(true, Ordering::Relaxed);
         }
@@ -204,11 +234,17 @@ impl LayerCache {
         if found < self.data_length {
             tracing::warn!(file = %self.directory.join("data").display(), found, expected = self.data_length,
                 "the data file was cut; what is gone will be fetched again");
+            self.complete.send_replace(false);
             self.filled.forget(index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))))?;
             self.data.set_len(self.data_length)?;
         }
         Ok(())
     }
+}
+
+fn is_same_file(one: &File, other: &File) -> io::Result<bool> {
+    let (one, other) = (one.metadata()?, other.metadata()?);
+    Ok((one.dev(), one.ino()) == (other.dev(), other.ino()))
 }
 
 /// What the header of the bitmap must say.

@@ -234,6 +234,11 @@ impl FilledMap {
         Ok(true)
     }
 
+    /// Returns the number of bits.
+    pub(crate) fn extents(&self) -> usize {
+        self.extents
+    }
+
     /// Returns the number of bits that are set.
     pub(crate) fn count(&self) -> usize {
         self.count.load(Ordering::Relaxed)

@@ -10,6 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
 use loris_format::{
@@ -28,6 +29,10 @@ use crate::{
     gates::Gates,
     plan::{FetchPolicy, fetched_range, plan},
 };
+
+/// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// A layer: its index, where its blob is, and the local data file that holds what was needed so far.
 ///
@@ -174,6 +179,53 @@ impl LazyLayer {
             }
         }
         Ok(())
+    }
+
+    /// Does what [`LazyLayer::ensure`] does, and tries again for as long as `patience` where the error is one that passes
+    /// (a registry that is away). The last attempt may be under way when `patience` ends, and is abandoned then.
+    ///
+    /// # Errors
+    /// The last error; [`EnsureError::Interrupted`] where not even the first attempt came to an end.
+    pub async fn ensure_within(self: &Arc<Self>, range: DataRange, patience: Duration) -> Result<(), EnsureError> {
+        let mut last = EnsureError::Interrupted { layer: self.digest };
+        let trying = async {
+            let mut pause = FIRST_PAUSE;
+            loop {
+                match self.ensure(range.clone()).await {
+                    Err(error) if error.is_transient() => last = error,
+                    outcome => return outcome,
+                }
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_PAUSE);
+            }
+        };
+        match tokio::time::timeout(patience, trying).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(last),
+        }
+    }
+
+    /// Waits until everything is there. What other processes fill counts only once this one has heard of it.
+    pub async fn completed(&self) {
+        self.cache.completed().await;
+    }
+
+    /// Checks that the data file is as long as it should be. Where someone has cut it, what is gone is forgotten, to be
+    /// fetched again when it is needed, and the file is made as long again.
+    ///
+    /// # Errors
+    /// Where the file can't be looked at or repaired.
+    pub fn check_length(&self) -> io::Result<()> {
+        self.cache.check_length(&self.index)
+    }
+
+    /// Returns the files that hold the layer's place in the store while its process is away: the data file, and the lock
+    /// that keeps others from making it anew. Whoever keeps both open may hand the former back with [`Store::adopt`].
+    ///
+    /// [`Store::adopt`]: crate::Store::adopt
+    #[must_use]
+    pub fn kept_files(&self) -> [&File; 2] {
+        [self.cache.data(), self.cache.lock()]
     }
 
     /// Reads from the data file, and returns the number of bytes, which is less than asked for only where the file ends.

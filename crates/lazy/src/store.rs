@@ -12,6 +12,7 @@
 
 use std::{
     collections::HashMap,
+    fs::File,
     io::{self, Write as _},
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -59,6 +60,8 @@ struct Inner {
     gates: Arc<Gates>,
     /// What is open, so that two images with a layer in common have one bitmap of it.
     open: Mutex<HashMap<PathBuf, Slot>>,
+    /// By device and inode number.
+    adopted: Mutex<HashMap<(u64, u64), File>>,
 }
 
 /// The lock of a slot is held while its layer is being opened, the lock of the map is not.
@@ -85,13 +88,35 @@ impl Store {
         check_owner(&root)?;
         check_version(&root)?;
         let gates = Arc::new(Gates::new(options.memory_bytes, options.requests, options.decoders));
-        Ok(Self { inner: Arc::new(Inner { root, gates, open: Mutex::default() }) })
+        Ok(Self { inner: Arc::new(Inner { root, gates, open: Mutex::default(), adopted: Mutex::default() }) })
     }
 
     /// Returns the directory, as an absolute path.
     #[must_use]
     pub fn root(&self) -> &Path {
         &self.inner.root
+    }
+
+    /// Takes over a data file that an earlier process had open ([`LazyLayer::kept_files`]): when its layer is opened, it
+    /// is used in place of a descriptor of our own. A descriptor that is older than a fanotify mark on the file is the
+    /// only kind through which it can be filled without asking ourselves for leave.
+    ///
+    /// # Errors
+    /// Where the file can't be looked at.
+    ///
+    /// [`LazyLayer::kept_files`]: crate::LazyLayer::kept_files
+    pub fn adopt(&self, data: File) -> io::Result<()> {
+        let metadata = data.metadata()?;
+        let mut adopted = self.inner.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        adopted.insert((metadata.dev(), metadata.ino()), data);
+        Ok(())
+    }
+
+    /// Returns what was adopted of the layer in `directory`.
+    fn adopted(&self, directory: &Path) -> Option<File> {
+        let metadata = directory.join("data").metadata().ok()?;
+        let adopted = self.inner.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        adopted.get(&(metadata.dev(), metadata.ino()))?.try_clone().ok()
     }
 
     pub(crate) fn gates(&self) -> &Arc<Gates> {
@@ -124,7 +149,7 @@ impl Store {
         if let Some(cache) = slot.upgrade() {
             return Ok(cache);
         }
-        let cache = Arc::new(LayerCache::open(directory, blob, index)?);
+        let cache = Arc::new(LayerCache::open(directory, blob, index, self.adopted(directory))?);
         *slot = Arc::downgrade(&cache);
         Ok(cache)
     }

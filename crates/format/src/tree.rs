@@ -12,6 +12,9 @@
 //! - A whiteout and an opaque marker act on lower layers only, wherever in their layer they stand.
 //! - A whiteout beside a file of that name: the file is shown. Beside a directory: the directory is shown, and nothing of
 //!   a lower one in it.
+//! - A whiteout or an opaque marker below something of its layer that is no directory hides nothing, whichever comes
+//!   first (umoci writes such): `a` and `a/.wh.x` are the file `a`. The layer index leaves it out, so that it is not seen
+//!   here. Any other entry below a file is an error there.
 //! - Every other name that begins with `.wh.` is aufs' own (`.wh..wh.plnk`, `.wh..wh.aufs`, a bare `.wh.`): not shown.
 //! - A directory that a layer does not describe but only has entries in does not change a lower layer's attributes, when
 //!   layers are merged. In the form of one layer the lower ones aren't known: the directory shows made-up attributes.
@@ -26,7 +29,7 @@ use crate::{
 };
 
 mod layer;
-mod marker;
+pub(crate) mod marker;
 mod merge;
 mod plant;
 

@@ -19,6 +19,11 @@ pub(super) struct Contents<'a> {
     pub(super) opaque: bool,
 }
 
+/// Says whether a name is a whiteout, an opaque marker, or aufs' own: none of them is shown.
+pub(crate) fn is_marker(name: &[u8]) -> bool {
+    name.starts_with(PREFIX)
+}
+
 impl<'a> Contents<'a> {
     pub(super) fn of(index: &'a LayerIndex, directory: NodeId) -> Self {
         let children = index.children(directory);

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use super::{Attributes, Draft, DraftKind, IndexBuilder, NewKind, OpenFile, Problem, ROOT, Waiting, error};
-use crate::{limits::Limits, tar::path};
+use crate::{limits::Limits, tar::path, tree::marker};
 
 /// Most symbolic links on the way to one entry, as Linux has it.
 const FOLLOWED_LINKS: u32 = 40;
@@ -29,12 +29,18 @@ impl IndexBuilder {
         let Some((directory, name)) = path::split_last(&path) else {
             return self.place_root(entry, attributes, kind);
         };
-        let directory = self.make_directory(directory, entry)?;
+        let (directory, in_tree) = match self.make_directory(directory, entry) {
+            Ok(directory) => (directory, true),
+            // It hides nothing. Checked like others, and with the chunks that may follow it, it gets a node that no name
+            // leads to.
+            Err(Problem::ParentNotDirectory { .. }) if marker::is_marker(name) => (ROOT, false),
+            Err(problem) => return Err(problem),
+        };
         let depth = self.depth(directory) + 1;
         if depth > self.limits.depth {
             return Err(Problem::TooDeep { limit: self.limits.depth });
         }
-        let standing = self.names.find(directory, name);
+        let standing = in_tree.then(|| self.names.find(directory, name)).flatten();
         if let (NewKind::Directory, Some(standing)) = (kind, standing) {
             let node = &mut self.nodes[self.names.node(standing) as usize];
             if let DraftKind::Directory { implied, .. } = &mut node.kind {
@@ -54,6 +60,9 @@ impl IndexBuilder {
             NewKind::Symlink { target } => DraftKind::Symlink { target: checked_target(target, &self.limits)?.into() },
             NewKind::HardLink { target } => {
                 checked_target(target, &self.limits)?;
+                if !in_tree {
+                    return Ok(());
+                }
                 let target = path::clean(target, &self.limits)?;
                 if let Some(node) = self.link_target(&target, (directory, name))? {
                     self.set_name(directory, name, standing, node)?;
@@ -75,7 +84,7 @@ impl IndexBuilder {
             self.open = Some(OpenFile { node, size, digest, covered: 0, first_chunk });
         }
         let node = self.add(Draft { kind, attributes, entry })?;
-        self.set_name(directory, name, standing, node)
+        if in_tree { self.set_name(directory, name, standing, node) } else { Ok(()) }
     }
 
     fn place_root(&mut self, entry: u64, attributes: Attributes, kind: NewKind<'_>) -> Result<(), Problem> {

@@ -167,6 +167,46 @@ fn the_last_of_equal_names_counts() {
     );
 }
 
+/// umoci, asked to store a directory that became a file, writes the file and a whiteout of each name that was in the
+/// directory: `a`, `a/.wh.x`. We converted such layers, and then refused to read the result.
+#[test]
+fn markers_below_a_file_hide_nothing() {
+    for marker in ["a/.wh.x", "a/.wh..wh..opq", "./a/.wh..wh.plnk", "a/b/c/.wh.x", "a/./.wh.x"] {
+        for size in [0, 5] {
+            check(
+                &[("a", file(3)), (marker, file(size)), ("b", file(0))],
+                &["/ dir 2 -", "/a reg:3 1 0", "/b reg:0 1 2"],
+            );
+            check(
+                &[(marker, file(size)), ("a", file(3)), ("b", file(0))],
+                &["/ dir 2 -", "/a reg:3 1 1", "/b reg:0 1 2"],
+            );
+        }
+    }
+    // Neither the kind of the marker nor that of what it is below matters, and a link is no directory.
+    for kind in
+        [NewKind::Directory, symlink("b"), link("b"), link("nowhere"), NewKind::CharDevice { major: 0, minor: 0 }]
+    {
+        check(&[("a", NewKind::Fifo), ("a/.wh.x", kind)], &["/ dir 2 -", "/a fifo 1 0"]);
+    }
+    check(
+        &[("f", file(0)), ("l", symlink("f")), ("l/.wh.x", file(0)), ("h", link("f")), ("h/.wh.x", file(0))],
+        &["/ dir 2 -", "/f reg:0 2 0", "/h reg:0 2 0", "/l symlink:f 1 1"],
+    );
+    // A directory keeps its markers; with the directory that is replaced they go.
+    check(
+        &[("a/.wh.x", file(0)), ("a/y", file(0)), ("a", NewKind::Directory)],
+        &["/ dir 3 -", "/a dir 2 2", "/a/.wh.x reg:0 1 0", "/a/y reg:0 1 1"],
+    );
+    // Everything else below a file is the error that it was, and a marker must still be sound.
+    for other in ["a/x", "a/.wh.x/y", "a/.wh", "a/wh.x"] {
+        let problem = Problem::ParentNotDirectory { at: "a".into() };
+        assert_eq!(refused(&[("a", file(0)), (other, file(0))]), (1, problem), "{other}");
+    }
+    assert_eq!(refused(&[("a", file(0)), ("a/.wh.x", symlink(""))]), (1, Problem::Target { target: String::new() }));
+    assert!(matches!(refused(&[("a", file(0)), ("a/.wh.x", file(u64::MAX))]).1, Problem::FileTooLarge { .. }));
+}
+
 #[test]
 fn content_of_replaced_files_is_left_out() {
     let index = build(&[("a", file(10)), ("b", file(20)), ("a", file(30))]).unwrap();

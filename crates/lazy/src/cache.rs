@@ -49,6 +49,7 @@ pub(crate) struct LayerCache {
     directory: PathBuf,
     data: File,
     data_length: u64,
+    layout: [u8; 32],
     filled: FilledMap,
     unsynced_bytes: AtomicU64,
     sync_wanted: AtomicBool,
@@ -116,6 +117,7 @@ impl LayerCache {
             directory: directory.to_owned(),
             data,
             data_length: expected.data_length,
+            layout: expected.layout,
             filled,
             unsynced_bytes: AtomicU64::new(0),
             sync_wanted: AtomicBool::new(false),
@@ -179,6 +181,10 @@ impl LayerCache {
     pub(crate) async fn completed(&self) {
         // The sender lives as long as `self`.
         let _ = self.complete.subscribe().wait_for(|complete| *complete).await;
+    }
+
+    pub(crate) fn layout(&self) -> &[u8; 32] {
+        &self.layout
     }
 
     pub(crate) fn filled(&self) -> &FilledMap {

@@ -133,6 +133,13 @@ impl LazyLayer {
         self.cache.data()
     }
 
+    /// Returns a hash of where everything stands in the data file and what it must be: what was derived from the data
+    /// file's layout fits for as long as this is the same.
+    #[must_use]
+    pub fn layout(&self) -> &[u8; 32] {
+        self.cache.layout()
+    }
+
     /// Says whether a range of the data file is there. Takes no lock. Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {

@@ -6,6 +6,7 @@
 //! bitmap. FUSE, a pager, prefetch and `fs cat` differ only in who calls it.
 //!
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
+//! - [`derived`]: what is made out of layers and kept beside them.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`prefetch()`], [`complete()`]: reading ahead of anyone who asks.
 //! - [`plan`]: which bytes to ask for; pure, so that the policy can be replaced without touching anything else.
@@ -39,6 +40,7 @@ mod filled;
 mod gates;
 
 pub mod complete;
+pub mod derived;
 pub mod error;
 pub mod layer;
 pub mod open;

@@ -2,6 +2,8 @@
 
 use std::{io, path::PathBuf};
 
+use crate::engine::Engine;
+
 /// An error of mounting or unmounting. Messages are fragments which fit behind "failed to mount: ".
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -86,6 +88,22 @@ pub enum MountError {
         layer: u32,
         /// How many there are.
         layers: usize,
+    },
+    /// The EROFS image without content that shows an image cannot be written.
+    #[error("bootstrap {}: {reason}", path.display())]
+    Bootstrap {
+        /// Where it should be.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+    /// An engine was asked for by name that can't be used here.
+    #[error("the engine {engine} can't be used here: {reason}")]
+    Engine {
+        /// The engine.
+        engine: Engine,
+        /// Why not, and what to do.
+        reason: String,
     },
     /// The directories of an overlay cannot be combined.
     #[error("overlay at {}: {reason}", path.display())]

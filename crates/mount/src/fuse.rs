@@ -13,7 +13,8 @@
 //! No FUSE thread waits for the network. When the server dies, reads of what the kernel has not cached fail; they never
 //! read zeros.
 //!
-//! What this module must not know: overlayfs, what the tree is for. The types of the FUSE crate stay in `protocol`.
+//! What this module must not know: overlayfs, what the tree is for. The types of the FUSE crate stay in `protocol`
+//! and `devices`.
 
 use std::{
     path::Path,
@@ -33,6 +34,7 @@ use crate::{
 mod attributes;
 mod connection;
 mod content;
+pub(crate) mod devices;
 pub(crate) mod fusermount;
 mod protocol;
 
@@ -42,6 +44,17 @@ pub(crate) const DEVICE: &str = "/dev/fuse";
 /// How long unmounting waits until the kernel has said good-bye. It takes microseconds, unless another mount (an
 /// overlay that was detached) still uses the tree.
 const GOODBYE: Duration = Duration::from_secs(1);
+
+/// How long the kernel may keep what it was told: about for ever (136 years), since what we serve never changes.
+const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
+/// Most readahead requests that the kernel sends before it waits for answers. Its own bound is 12, which would let one
+/// slow file hold up all others. Each waits as a small task.
+const MAX_BACKGROUND: u16 = 512;
+/// Largest answer to one read, in bytes: 256 pages, which is as much as the kernel allows by default.
+const MAX_READ: u32 = 1 << 20;
+/// Most fetches that are under way for one mount. The rest waits in line: each costs about 1 KiB, and there are at most
+/// as many as the kernel's readahead requests ([`MAX_BACKGROUND`]) plus programs' threads that wait for a page.
+const MAX_FETCHES: usize = 1024;
 
 /// How to serve a tree.
 #[derive(Clone, Debug)]
@@ -60,7 +73,7 @@ impl Default for FuseOptions {
 }
 
 impl FuseOptions {
-    fn threads(&self) -> usize {
+    pub(crate) fn threads(&self) -> usize {
         self.threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(2, |cores| cores.get().clamp(2, 8)))
             .max(1)

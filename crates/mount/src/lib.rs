@@ -4,6 +4,8 @@
 //! [lazy layers](loris_lazy::LazyLayer) hold its content. This crate makes the two visible to every program:
 //!
 //! - [`fuse`]: a read-only tree, served by this process. It needs no root.
+//! - [`erofs`]: a read-only tree which the kernel reads by itself, and asks for what is missing.
+//! - [`engine`]: which of these ways this machine has.
 //! - [`overlay`]: overlayfs over such trees, so that the root file system of a container can be written to.
 //! - [`rootfs`]: both put together, and taken apart again in reverse order.
 //! - [`unpack`]: a layer as plain files, for a full pull.
@@ -13,10 +15,12 @@
 //! What this crate must not know: registries, references, formats. Content comes from
 //! [`ensure`](loris_lazy::LazyLayer::ensure) alone, so that verification cannot be forgotten here.
 //!
-//! A second engine (EROFS that the kernel reads by itself, filled through fanotify) will stand beside [`fuse`]:
-//! [`rootfs::RootFs`] is the only place which chooses one.
+//! [`rootfs::RootFs`] is the only place which chooses an engine.
 
+pub mod engine;
+pub mod erofs;
 mod error;
+mod fsopen;
 pub mod fuse;
 pub mod mounts;
 pub mod overlay;

@@ -37,13 +37,14 @@ pub struct MountInfo {
 }
 
 impl MountInfo {
-    /// Whether Loris made it: a tree over FUSE, or an overlay.
+    /// Whether Loris made it: a tree over FUSE, an EROFS with a bootstrap of ours, or an overlay.
     #[must_use]
     pub fn is_loris(&self) -> bool {
         match self.file_system.as_bytes() {
             b"fuse.loris" => true,
             // A kernel or a helper may leave the subtype out.
             b"fuse" | b"overlay" => self.source == MOUNT_NAME,
+            b"erofs" => is_bootstrap(Path::new(&self.source)),
             _ => false,
         }
     }
@@ -79,6 +80,13 @@ impl MountInfo {
             .map(|path| PathBuf::from(OsString::from_vec(path)))
             .collect()
     }
+}
+
+/// Whether a path is that of a bootstrap in a store: `.../bootstraps/v1/KEY.erofs`, with a key of 64 hexadecimal digits.
+fn is_bootstrap(path: &Path) -> bool {
+    let key = path.extension().filter(|extension| *extension == "erofs").and_then(|_| path.file_stem());
+    key.is_some_and(|key| key.len() == 64 && key.as_bytes().iter().all(u8::is_ascii_hexdigit))
+        && path.parent().is_some_and(|folder| folder.ends_with(loris_lazy::derived::BOOTSTRAPS))
 }
 
 /// Whether a mount is gone altogether or only out of sight.
@@ -302,7 +310,14 @@ mod tests {
 
     #[test]
     fn others_mounts_are_not_ours() {
-        let cases: [(&str, &str, bool); 6] = [
+        let key = "0123456789abcdef".repeat(4);
+        let bootstrap = format!("/var/lib/loris/bootstraps/v1/{key}.erofs");
+        let cases: [(&str, &str, bool); 11] = [
+            ("erofs", &bootstrap, true),
+            ("ext4", &bootstrap, false),
+            ("erofs", &bootstrap.replace("v1", "v2"), false),
+            ("erofs", &bootstrap.replace(".erofs", ""), false),
+            ("erofs", "/srv/image.erofs", false),
             ("fuse.loris", "x", true),
             ("fuse", "loris", true),
             ("fuse", "sshfs", false),

@@ -25,17 +25,14 @@ use rustix::{
 
 use crate::{
     MOUNT_NAME, MountError,
+    fsopen::{STRING_BYTES, kernel_messages},
     mounts::{self, OwnMount, Unmounted},
 };
 
 /// mount(2) takes a page of options, with the NUL that ends them. Pages are larger on some machines, never smaller.
 const CLASSIC_OPTIONS_BYTES: usize = 4096 - 1;
-/// `fsconfig` takes strings of 256 bytes with their NUL.
-const STRING_BYTES: usize = 255;
 /// Most lower directories: the kernel's `OVL_MAX_STACK`.
 pub const MAX_LOWER: usize = 500;
-/// Most that is read of the kernel's messages about one mount, in bytes.
-const MESSAGE_BYTES: usize = 1 << 10;
 
 /// The directories that take the changes. Both must be on one file system, empty at first or from an earlier mount
 /// over the same lower directories, and used by one mount at a time.
@@ -188,21 +185,6 @@ fn mount_by_descriptor(options: &OverlayOptions, mountpoint: &Path) -> Result<bo
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(logged)?;
     move_mount(mount.as_fd(), "", CWD, mountpoint, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(plain)?;
     Ok(true)
-}
-
-/// Reads what the kernel logged about a mount in the making: one message a call, `e overlay: text`.
-fn kernel_messages(context: &OwnedFd) -> String {
-    let mut messages = String::new();
-    let mut buffer = [0; 256];
-    while let Ok(length @ 1..) = rustix::io::read(context, &mut buffer) {
-        let text = String::from_utf8_lossy(&buffer[..length]);
-        if messages.len() + text.len() > MESSAGE_BYTES {
-            break;
-        }
-        messages.push_str("; ");
-        messages.push_str(text.trim_start_matches(['e', 'w', 'i', ' ']).trim_end());
-    }
-    messages
 }
 
 fn mount_classic(options: &OverlayOptions, mountpoint: &Path) -> Result<(), MountError> {

@@ -19,11 +19,9 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 
+use super::MAX_FETCHES;
 use crate::MountError;
 
-/// Most fetches that are under way for one mount. The rest waits in line: each costs about 1 KiB, and there are at most
-/// as many as the kernel's readahead requests (`protocol::MAX_BACKGROUND`) plus programs' threads that wait for a page.
-const MAX_FETCHES: usize = 1024;
 /// Most files whose failures are logged.
 const MAX_COMPLAINTS: usize = 1000;
 /// The unit in which statfs(2) counts, in bytes.
@@ -196,7 +194,7 @@ fn name_in(tree: &Tree, directory: InodeId, inode: InodeId) -> Option<&[u8]> {
 
 /// What a program is told. A full disk is named, since its owner can do something about it; everything else, above all
 /// bytes that are not what the manifest vouches for, is an input/output error.
-fn errno(error: &ReadError) -> Errno {
+pub(super) fn errno(error: &ReadError) -> Errno {
     match error {
         ReadError::Ensure(EnsureError::NoSpace { .. }) => Errno::NOSPC,
         _ => Errno::IO,

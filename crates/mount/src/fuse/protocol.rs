@@ -1,4 +1,5 @@
-//! The FUSE protocol: the kernel's questions, answered out of a tree. The only file that knows the FUSE crate.
+//! The FUSE protocol: the kernel's questions, answered out of a tree. The only file that knows the FUSE crate, beside
+//! `devices`, which answers a few of them.
 //!
 //! The protocol is described in fuse(4) and the kernel's `include/uapi/linux/fuse.h`. `ENOSYS` is an answer of its own
 //! there: the kernel does not ask again, and does what makes sense without.
@@ -9,7 +10,6 @@ use std::{
     io,
     os::{fd::OwnedFd, unix::ffi::OsStrExt},
     sync::Arc,
-    time::Duration,
 };
 
 use fuser::{
@@ -21,17 +21,10 @@ use fuser::{
 use loris_format::tree::{Inode, InodeId, InodeKind};
 
 use super::{
-    attributes,
+    FOR_EVER, MAX_BACKGROUND, MAX_READ, attributes,
     content::{BLOCK, Piece, Served},
 };
 
-/// How long the kernel may keep what it was told: about for ever (136 years), since the tree never changes.
-const FOR_EVER: Duration = Duration::from_secs(u32::MAX as u64);
-/// Most readahead requests that the kernel sends before it waits for answers. Its own bound is 12, which would let one
-/// slow file hold up all others. Each waits as a small task.
-pub(super) const MAX_BACKGROUND: u16 = 512;
-/// Largest answer to one read, in bytes: 256 pages, which is as much as the kernel allows by default.
-const MAX_READ: u32 = 1 << 20;
 /// Longest name, in bytes: `NAME_MAX`.
 const NAME_BYTES: u32 = 255;
 /// Inode numbers are never given to a second inode.
@@ -42,10 +35,24 @@ thread_local! {
     static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Agrees with the kernel about the protocol. What is returned serves until the tree is unmounted, on `threads`
+/// Lends the buffer of a FUSE thread.
+pub(super) fn with_buffer<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    BUFFER.with_borrow_mut(work)
+}
+
+/// Agrees with the kernel about the protocol. What is returned serves a tree until it is unmounted, on `threads`
 /// threads.
 pub(super) fn handshake(
     served: Arc<Served>,
+    device: OwnedFd,
+    threads: usize,
+) -> io::Result<impl FnOnce() -> io::Result<()> + Send + 'static> {
+    session(Protocol { served, kernel: InitFlags::empty() }, device, threads)
+}
+
+/// Agrees with the kernel about the protocol. What is returned serves a file system until it is unmounted.
+pub(super) fn session<F: Filesystem>(
+    file_system: F,
     device: OwnedFd,
     threads: usize,
 ) -> io::Result<impl FnOnce() -> io::Result<()> + Send + 'static> {
@@ -54,9 +61,8 @@ pub(super) fn handshake(
     // Not one descriptor a thread: requests that such a clone has read die with it, and a later version hands the
     // connection over to another process.
     config.clone_fd = false;
-    let protocol = Protocol { served, kernel: InitFlags::empty() };
     // Who may enter is the kernel's to check, by `allow_other` and `default_permissions`.
-    let session = Session::from_fd(protocol, device, SessionACL::All, config)?;
+    let session = Session::from_fd(file_system, device, SessionACL::All, config)?;
     Ok(move || session.run())
 }
 
@@ -185,7 +191,7 @@ impl Filesystem for Protocol {
             Ok(None) => return reply.data(&[]),
             Err(errno) => return reply.error(errno_of(errno)),
         };
-        BUFFER.with_borrow_mut(|buffer| match piece.read_if_filled(buffer) {
+        with_buffer(|buffer| match piece.read_if_filled(buffer) {
             Some(bytes) => reply.data(bytes),
             None => answer_later(served, piece, reply),
         });

@@ -1,0 +1,138 @@
+//! EROFS over local files: the kernel reads a tree by itself.
+//!
+//! A *bootstrap* holds all of a tree but the content of its files; where content stands, it says by the number of a
+//! device and a place there. The devices are plain files: the data files of layers, in the order of their numbers. So one
+//! mount shows any number of layers, and looks at nothing but the bootstrap until content is read.
+//!
+//! The kernel mounts plain files from 6.12 on (`CONFIG_EROFS_FS_BACKED_BY_FILE`). No loop device is ever made: one
+//! would read around the hook by which the [pager](crate::pager) hears of what is missing.
+//!
+//! What this module must not know: who fills the devices, and when. Whoever mounts over files that are not whole must
+//! see to it that reads of the rest wait or fail; EROFS itself would show zeros.
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{fs::OFlags, mount::MountAttrFlags};
+
+use crate::{
+    MountError,
+    fsopen::{self, Context, Refusal, STRING_BYTES},
+    mounts::{self, OwnMount, Unmounted},
+};
+
+/// How to mount.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct ErofsOptions {
+    /// Read devices past their own page cache, so that content is not held twice. Takes Linux 6.15.
+    pub direct: bool,
+}
+
+/// An EROFS that is mounted. Dropping it unmounts it.
+#[derive(Debug)]
+pub struct ErofsMount {
+    mount: OwnMount,
+    gone: bool,
+}
+
+impl ErofsMount {
+    /// Mounts a bootstrap at a directory: read-only, devices and set-uid programs as the tree has them. `devices[n]` is
+    /// what the bootstrap means by device `n + 1`. Blocks for some system calls.
+    ///
+    /// The bootstrap's path is shown in the kernel's list of mounts, by which [`mounts::MountInfo::is_loris`] knows it.
+    ///
+    /// # Errors
+    /// See [`MountError`]: nothing is mounted then.
+    pub fn mount(
+        bootstrap: &Path,
+        devices: &[PathBuf],
+        mountpoint: &Path,
+        options: &ErofsOptions,
+    ) -> Result<Self, MountError> {
+        let mountpoint = mounts::check_mountpoint(mountpoint)?;
+        let refused = |Refusal { source, detail }: Refusal| MountError::Refused {
+            what: "EROFS",
+            path: mountpoint.clone(),
+            source,
+            detail,
+        };
+        let mount = create(bootstrap, devices, options).map_err(refused)?;
+        fsopen::attach(&mount, &mountpoint).map_err(|error| refused(Refusal::plain(error)))?;
+        // The descriptor would keep the mount in use.
+        drop(mount);
+        Ok(Self { mount: OwnMount::note(&mountpoint)?, gone: false })
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn mountpoint(&self) -> &Path {
+        self.mount.mountpoint()
+    }
+
+    /// Unmounts it: as usual, or where it is in use, by detaching it.
+    ///
+    /// # Errors
+    /// [`MountError::Unmount`] where the kernel refuses.
+    pub fn unmount(mut self) -> Result<Unmounted, MountError> {
+        self.gone = true;
+        self.mount.unmount()
+    }
+}
+
+impl Drop for ErofsMount {
+    fn drop(&mut self) {
+        if !self.gone
+            && let Err(error) = self.mount.unmount()
+        {
+            tracing::warn!(%error, "an EROFS stays mounted");
+        }
+    }
+}
+
+/// Makes a mount that stands nowhere yet.
+pub(crate) fn create(source: &Path, devices: &[PathBuf], options: &ErofsOptions) -> Result<OwnedFd, Refusal> {
+    let absolute = std::path::absolute(source).map_err(Refusal::plain)?;
+    let text = absolute.as_os_str().as_bytes();
+    if text.len() > STRING_BYTES {
+        // A shorter way to the file would be shown instead, and nobody would know the mount for ours.
+        return Err(Refusal {
+            source: io::ErrorKind::InvalidFilename.into(),
+            detail: format!("; the path of a bootstrap must not be longer than {STRING_BYTES} bytes"),
+        });
+    }
+    let context = Context::open("erofs")?;
+    context.set("source", text)?;
+    context.set_flag("ro")?;
+    if options.direct {
+        context.set_flag("directio")?;
+    }
+    // The kernel opens them when the file system is made: until then, descriptors that stand for long paths stay open.
+    let mut open = Vec::new();
+    for device in devices {
+        let argument = short_path(device, &mut open)
+            .map_err(|source| Refusal { source, detail: format!("; device {}", device.display()) })?;
+        context.set("device", argument.as_os_str().as_bytes())?;
+    }
+    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
+}
+
+/// A path as `fsconfig` takes it: absolute, and not too long. A descriptor that it goes through is put into `open`.
+fn short_path(path: &Path, open: &mut Vec<File>) -> io::Result<PathBuf> {
+    let absolute = std::path::absolute(path)?;
+    if absolute.as_os_str().len() <= STRING_BYTES {
+        return Ok(absolute);
+    }
+    let flags = (OFlags::PATH | OFlags::CLOEXEC).bits().cast_signed();
+    let file = File::options().read(true).custom_flags(flags).open(&absolute)?;
+    let short = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    open.push(file);
+    Ok(short)
+}

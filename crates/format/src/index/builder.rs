@@ -25,6 +25,7 @@ mod place;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use error::shown;
 pub use error::{IndexError, Problem};
 use names::Names;
 

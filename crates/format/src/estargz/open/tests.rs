@@ -390,17 +390,26 @@ fn hostile_tables_are_refused() {
         ),
         (r#"{"name":"a","type":"hardlink","linkName":"../../etc/passwd"}"#.into(), "\"etc/passwd\", which is not in"),
         (r#"{"name":"a\u0000b","type":"dir"}"#.into(), "entry 0 (\"a\\x00b\"): path holds a NUL byte"),
-        (r#"{"name":"a","type":"socket"}"#.into(), "entry 0: type \"socket\" is not known"),
-        (r#"{"name":"a"}"#.into(), "entry 0: entry has no type"),
-        (r#"{"name":"a","type":"reg","size":-1}"#.into(), "entry 0: number is negative at line 1 column 59"),
-        (r#"{"name":"a","type":"reg","size":1.5}"#.into(), "entry 0: number is not a whole one"),
+        (r#"{"name":"a","type":"socket"}"#.into(), "entry 0 (\"a\"): type \"socket\" is not known"),
+        (r#"{"name":"a"}"#.into(), "entry 0 (\"a\"): entry has no type"),
+        (r#"{"name":"a","type":"reg","size":-1}"#.into(), "entry 0 (\"a\"): number is negative at line 1 column 59"),
+        (r#"{"name":"a","type":"reg","size":1.5}"#.into(), "entry 0 (\"a\"): number is not a whole one"),
         (r#"{"name":"a","type":"reg","size":9223372036854775807}"#.into(), "beyond the limit of 1099511627776 bytes"),
-        (r#"{"name":"a","type":"reg","size":99999999999999999999}"#.into(), "entry 0: number is too large"),
+        (r#"{"name":"a","type":"reg","size":99999999999999999999}"#.into(), "entry 0 (\"a\"): number is too large"),
         (r#"{"name":"a","type":"dir","uid":-1}"#.into(), "uid -1 is out of range"),
         (r#"{"name":"a","type":"dir","gid":4294967296}"#.into(), "gid 4294967296 is out of range"),
         (r#"{"name":"a","type":"char","devMajor":-1}"#.into(), "devMajor -1 is out of range"),
         (r#"{"name":"a","type":"dir","modtime":"yesterday"}"#.into(), "modtime \"yesterday\" is not a time"),
-        (r#"{"name":"a","type":"dir","digest":"md5:00"}"#.into(), "not a digest that can be verified"),
+        (r#"{"name":"a","type":"dir","digest":"md5:00"}"#.into(), "entry 0 (\"a\"): not a digest that can be verified"),
+        // The name may stand behind what is wrong, and is as hostile as everything.
+        (r#"{"type":"dir","uid":1.5,"name":"b\n"}"#.into(), "entry 0 (\"b\\n\"): number is not a whole one"),
+        (r#"{"name":"a","type":"dir"},{"size":-1,"name":"b"}"#.into(), "entry 1 (\"b\"): number is negative"),
+        (r#"{"size":-1}"#.into(), "entry 0: number is negative"),
+        (
+            format!(r#"{{"name":"{}","size":-1}}"#, "n".repeat(5000)),
+            // As for an entry that can be read, see `IndexError`.
+            "nnnn...\"): number is negative",
+        ),
         (r#"{"name":"a","type":"dir","xattrs":{"user.a":"%"}}"#.into(), "base64: "),
         (
             r#"{"name":"a","type":"dir"},{"name":"a","type":"chunk","chunkSize":1}"#.into(),
@@ -437,7 +446,7 @@ fn hostile_tables_are_refused() {
             r#"{"name":"a","type":"reg"},{"name":"a/b","type":"reg"}"#.into(),
             "\"a\" on the way to it is not a directory",
         ),
-        (r#"{"name":"a","type":"dir","userName":["#.repeat(1000), "entry 0: expected a string"),
+        (r#"{"name":"a","type":"dir","userName":["#.repeat(1000), "entry 0 (\"a\"): expected a string"),
     ];
     for (entries, message) in cases {
         let json = format!(r#"{{"version":1,"entries":[{entries}]}}"#);

@@ -36,7 +36,17 @@ pub(super) struct Json<'a> {
 
 impl<'a> Json<'a> {
     pub(super) fn new(text: &'a [u8]) -> Self {
-        Self { text, at: 0 }
+        Self::starting_at(text, 0)
+    }
+
+    /// Begins in the midst of a text, at a [`Json::place`] of it.
+    pub(super) fn starting_at(text: &'a [u8], at: usize) -> Self {
+        Self { text, at }
+    }
+
+    /// Returns how many bytes have been read.
+    pub(super) fn place(&self) -> usize {
+        self.at
     }
 
     /// Makes an error about what was read last.

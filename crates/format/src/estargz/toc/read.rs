@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     digest::{Digest, InvalidDigest},
-    index::Timestamp,
+    index::{Timestamp, builder},
     limits::Limits,
 };
 
@@ -23,10 +23,13 @@ const VERSION: u64 = 1;
 #[non_exhaustive]
 pub enum TocError {
     /// Not JSON, or not of the right form.
-    #[error("table of contents, entry {entry}: {detail}")]
+    #[error("table of contents, entry {entry}{}: {detail}", in_brackets(name.as_deref()))]
     Malformed {
         /// How many entries were read before it.
         entry: u64,
+        /// The name of the entry, escaped, cut to a length that can be shown; `None` where it cannot be read, or where
+        /// what is wrong is not in an entry.
+        name: Option<String>,
         /// What is wrong, and at which line and column.
         detail: String,
     },
@@ -72,7 +75,9 @@ pub fn read<'a, E: From<TocError>>(
                 if usize::try_from(number).map_or(true, |number| number >= limits.entries) {
                     return Err(Stop::Refused(TocError::TooManyEntries { limit: limits.entries }.into()));
                 }
-                each(number, entry(json, limits)?).map_err(Stop::Refused)?;
+                let start = json.place();
+                let entry = entry(json, limits).map_err(|error| Stop::Malformed { error, entry_start: Some(start) })?;
+                each(number, entry).map_err(Stop::Refused)?;
                 number += 1;
                 Ok(())
             })
@@ -81,19 +86,42 @@ pub fn read<'a, E: From<TocError>>(
     });
     read.map_err(|stop| match stop {
         Stop::Refused(error) => error,
-        Stop::Malformed(error) => TocError::Malformed { entry: number, detail: error.describe(json) }.into(),
+        Stop::Malformed { error, entry_start } => {
+            let name = entry_start.and_then(|start| name_at(json, start));
+            TocError::Malformed { entry: number, name, detail: error.describe(json) }.into()
+        }
     })
+}
+
+/// Returns the name of the entry that begins at `start`, as far as it can be read. Whoever looks for what is wrong knows
+/// files, and not the numbers of entries.
+fn name_at(json: &[u8], start: usize) -> Option<String> {
+    let mut found = None;
+    // It is known to be malformed. The name may stand before what is wrong with it, or behind.
+    let _ = Json::starting_at(json, start).object(|json, name| match name {
+        b"name" => set(json, &mut found, |json| text(json).map(Some)),
+        _ => json.skip(),
+    });
+    found.map(|name| builder::shown(&name))
+}
+
+fn in_brackets(name: Option<&str>) -> String {
+    name.map(|name| format!(" (\"{name}\")")).unwrap_or_default()
 }
 
 /// Why reading stopped.
 enum Stop<E> {
-    Malformed(JsonError),
+    Malformed {
+        error: JsonError,
+        /// Where the entry begins that it is in.
+        entry_start: Option<usize>,
+    },
     Refused(E),
 }
 
 impl<E> From<JsonError> for Stop<E> {
     fn from(error: JsonError) -> Self {
-        Self::Malformed(error)
+        Self::Malformed { error, entry_start: None }
     }
 }
 

@@ -214,7 +214,7 @@ pub enum Problem {
 }
 
 /// Escapes a hostile name and cuts it to a length that can be shown.
-pub(super) fn shown(name: &[u8]) -> String {
+pub(crate) fn shown(name: &[u8]) -> String {
     const SHOWN_BYTES: usize = 160;
     let cut = if name.len() > SHOWN_BYTES { "..." } else { "" };
     format!("{}{cut}", name[..name.len().min(SHOWN_BYTES)].escape_ascii())

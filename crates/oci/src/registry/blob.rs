@@ -53,10 +53,15 @@ impl Repository {
 
     /// Returns bytes of a blob, exactly `range.end - range.start` of them, not verified.
     ///
+    /// RFC 9110, section 14.2, lets a server answer a range with the whole. Near the blob's beginning that is as good: what
+    /// stands before the range is passed over. Elsewhere no byte of such a body is read, and the registry is asked once
+    /// more, since it may be a cache on the way that has answered so for once; likewise after a range that was not asked
+    /// for.
+    ///
     /// # Errors
     ///
-    /// [`Error::Unsupported`] where the registry ignores ranges and the range is not near the blob's beginning (no byte of
-    /// the body is read then); [`Error::Corrupt`] where the answer's range or length is another than was asked for.
+    /// [`Error::Unsupported`] where the registry ignores ranges, twice in a row, and the range is not near the blob's
+    /// beginning; [`Error::Corrupt`] where the answer's range or length is another than was asked for.
     pub async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
         if range.start > range.end || range.end > descriptor.size {
             let detail = format!("bytes {}..{} of {}", range.start, range.end, descriptor.size);
@@ -72,14 +77,26 @@ impl Repository {
         }
         let mut attempts = Attempts::new(self.client.config());
         let mut got = Collected::new(range.end - range.start);
+        let mut asked_again = false;
         loop {
             let wanted = range.start + got.length()..range.end;
             let outcome = self.read_range(descriptor, (wanted, needs_ranges), &mut got, &mut attempts).await;
-            match outcome {
+            let (error, again) = match outcome {
                 Ok(()) => return Ok(got.finish()),
-                Err(error) if error.is_transient() && attempts.pause(None).await => self.client.count_retry(),
-                Err(error) => return Err(error),
+                Err(RangeError::NotTheRange(error)) => (error, !std::mem::replace(&mut asked_again, true)),
+                Err(RangeError::Other(error)) => {
+                    let again = error.is_transient();
+                    (error, again)
+                }
+            };
+            if !again && matches!(error, Error::Unsupported { .. }) {
+                self.host.remember_ranges_ignored();
             }
+            if !again || !attempts.pause(None).await {
+                return Err(error);
+            }
+            tracing::debug!(digest = %descriptor.digest, %error, "a range is asked for again");
+            self.client.count_retry();
         }
     }
 
@@ -89,20 +106,17 @@ impl Repository {
         (wanted, needs_ranges): (Range<u64>, bool),
         got: &mut Collected,
         attempts: &mut Attempts,
-    ) -> Result<(), Error> {
+    ) -> Result<(), RangeError> {
         let mut answer = self.open(descriptor, &wanted, Lane::Short, attempts).await?;
         let length = wanted.end - wanted.start;
         let mut discard = match answer.status() {
             StatusCode::PARTIAL_CONTENT => {
-                self.check_range(&answer, descriptor, &wanted)?;
+                self.check_range(&answer, descriptor, &wanted).map_err(RangeError::NotTheRange)?;
                 0
             }
             _ => {
-                if wanted != (0..descriptor.size) {
-                    self.host.remember_ranges_ignored();
-                    if needs_ranges {
-                        return Err(self.ignores_ranges());
-                    }
+                if needs_ranges && wanted != (0..descriptor.size) {
+                    return Err(RangeError::NotTheRange(self.ignores_ranges()));
                 }
                 self.check_length(&answer, descriptor, descriptor.size)?;
                 wanted.start
@@ -115,9 +129,8 @@ impl Repository {
             let missing = length - (got.length() - before);
             if chunk.len() as u64 > missing {
                 if whole_answer {
-                    return Err(
-                        self.corrupt(descriptor, format!("more than the {length} bytes of the range were sent"))
-                    );
+                    let detail = format!("more than the {length} bytes of the range were sent");
+                    return Err(self.corrupt(descriptor, detail).into());
                 }
                 got.push(chunk.slice(..usize::try_from(missing).unwrap_or(usize::MAX)));
                 return Ok(());
@@ -131,7 +144,7 @@ impl Repository {
         }
         let missing = length - (got.length() - before);
         if missing > 0 {
-            return Err(truncated(&answer, missing));
+            return Err(truncated(&answer, missing).into());
         }
         Ok(())
     }
@@ -233,6 +246,19 @@ impl Repository {
     fn ignores_ranges(&self) -> Error {
         let what = "range requests: it answers them with the whole blob".to_owned();
         Error::Unsupported { what, place: self.place() }
+    }
+}
+
+/// Why a range was not read.
+enum RangeError {
+    /// The answer says that it is something else than the range.
+    NotTheRange(Error),
+    Other(Error),
+}
+
+impl From<Error> for RangeError {
+    fn from(error: Error) -> Self {
+        Self::Other(error)
     }
 }
 

@@ -32,6 +32,7 @@ use tokio::{
 mod alarm;
 mod direction;
 mod shaper;
+mod window;
 
 use self::{alarm::Alarm, direction::Direction, shaper::Shaper};
 

@@ -11,16 +11,24 @@ use tokio::{
     sync::mpsc,
 };
 
-use super::{alarm::Alarm, shaper::Shaper};
+use super::{
+    alarm::Alarm,
+    shaper::Shaper,
+    window::{Acknowledgement, Window},
+};
 
-/// Bytes under way at the beginning of a connection: ten segments (RFC 6928).
-const INITIAL_WINDOW_BYTES: usize = 10 * 1460;
 /// How far ahead of the link bytes are taken from the sender. It covers the time that waking up takes.
-const AHEAD: Duration = Duration::from_millis(2);
+pub const AHEAD: Duration = Duration::from_millis(2);
 /// Pieces under way, at most. It bounds memory if a sender sends single bytes.
 const PIECES: usize = 8192;
 
+/// What takes longer has waited for the other side, and not for us.
+const PROMPT: Duration = Duration::from_millis(1);
+
 /// What one direction of a connection does to bytes.
+///
+/// It tells times as the link would keep them, and not by when we come to look at them: where the bytes or the room for
+/// them were there, being late delays nothing that follows.
 #[derive(Clone, Copy)]
 pub struct Direction<'a> {
     /// The rate, shared with all connections.
@@ -37,12 +45,6 @@ pub struct Direction<'a> {
 struct Piece {
     arrives: Instant,
     bytes: Box<[u8]>,
-}
-
-/// The receiver has taken bytes, which the sender learns at a moment.
-struct Acknowledgement {
-    arrives: Instant,
-    count: usize,
 }
 
 impl Direction<'_> {
@@ -67,43 +69,41 @@ impl Direction<'_> {
         let mut alarm = Alarm::new()?;
         let chunk_bytes = self.shaper.chunk_bytes();
         let mut buffer = vec![0; chunk_bytes];
-        let mut window = if self.slow_start { INITIAL_WINDOW_BYTES.min(self.window_bytes) } else { self.window_bytes };
-        let mut under_way = 0;
+        let mut window = Window::new(self.window_bytes, chunk_bytes, self.slow_start);
         let mut next: Option<Acknowledgement> = None;
         loop {
             // Learn what has arrived: all that is known by now, and more if the window is full.
             loop {
-                let full = window - under_way.min(window) < chunk_bytes.min(window);
+                let full = window.room() == 0;
                 if next.is_none() {
                     next = if full { acknowledgements.recv().await } else { acknowledgements.try_recv().ok() };
                 }
                 match next.take() {
                     Some(acknowledgement) if acknowledgement.arrives <= Instant::now() => {
-                        under_way -= acknowledgement.count;
-                        window = (window + acknowledgement.count).min(self.window_bytes);
+                        window.acknowledge(acknowledgement);
                     }
                     Some(acknowledgement) if full => {
                         alarm.until(acknowledgement.arrives).await?;
                         next = Some(acknowledgement);
                     }
+                    // The receiving half has failed; it reports why.
+                    None if full => return Ok(()),
                     later => {
                         next = later;
                         break;
                     }
                 }
-                if full && acknowledgements.is_closed() && next.is_none() && acknowledgements.is_empty() {
-                    // The receiving half has failed; it reports why.
-                    return Ok(());
-                }
             }
-            let room = (window - under_way.min(window)).min(chunk_bytes);
-            let count = from.read(&mut buffer[..room]).await?;
-            let leaves = self.shaper.reserve(count);
+            let asked = Instant::now();
+            let count = from.read(&mut buffer[..window.room()]).await?;
+            // Bytes that came only now have not waited for the link.
+            let were_there = asked.elapsed() < PROMPT;
+            let leaves = self.shaper.reserve(count, window.free_since().filter(|_| were_there));
             let piece = Piece { arrives: leaves + self.delay, bytes: buffer[..count].into() };
             if pieces.send(piece).await.is_err() || count == 0 {
                 return Ok(());
             }
-            under_way += count;
+            window.sent(count, leaves);
             if leaves.saturating_duration_since(Instant::now()) > AHEAD {
                 alarm.until(leaves.checked_sub(AHEAD / 2).unwrap_or(leaves)).await?;
             }
@@ -122,10 +122,13 @@ impl Direction<'_> {
             if piece.bytes.is_empty() {
                 return to.shutdown().await;
             }
+            let began = Instant::now();
             to.write_all(&piece.bytes).await?;
-            let arrives = Instant::now().max(piece.arrives) + self.delay;
+            let ended = Instant::now();
+            let taken = if ended - began < PROMPT { piece.arrives } else { ended };
+            let arrives = taken + self.delay;
             // The sender may have ended; then nobody needs to know.
-            let _ = acknowledged.send(Acknowledgement { arrives, count: piece.bytes.len() });
+            let _ = acknowledged.send(Acknowledgement { arrives, bytes: piece.bytes.len() });
         }
         Ok(())
     }

@@ -12,6 +12,9 @@ use std::{
 /// How far the link catches up after it was idle. A thread that wakes up late would otherwise lose capacity that the
 /// link had. It is also the largest burst: that many milliseconds' worth of bytes.
 pub const CREDIT: Duration = Duration::from_millis(2);
+/// How far a connection may catch up whose bytes have waited for the link, and not the link for them. A busy machine may
+/// leave us without a processor for that long.
+pub const LATENESS: Duration = Duration::from_millis(250);
 /// Bytes taken from a connection at a time, at most. Large enough for 1 Gbit/s with few wake-ups.
 const LARGEST_CHUNK_BYTES: usize = 64 << 10;
 /// Bytes taken at a time, at least: one segment.
@@ -39,22 +42,26 @@ impl Shaper {
             .clamp(SMALLEST_CHUNK_BYTES, LARGEST_CHUNK_BYTES)
     }
 
-    /// Puts bytes in line, and returns when the last of them has left.
-    pub fn reserve(&self, bytes: usize) -> Instant {
-        self.reserve_at(bytes, Instant::now())
+    /// Puts bytes in line, and returns when the last of them has left. `waiting_since` is the moment from which on they
+    /// have waited for the link, where they have; if we come late to take them, the link has been carrying them since.
+    pub fn reserve(&self, bytes: usize, waiting_since: Option<Instant>) -> Instant {
+        self.reserve_at(bytes, waiting_since, Instant::now())
     }
 
-    fn reserve_at(&self, bytes: usize, now: Instant) -> Instant {
+    /// [`reserve`](Self::reserve), at a moment that is given.
+    pub fn reserve_at(&self, bytes: usize, waiting_since: Option<Instant>, now: Instant) -> Instant {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
         let Some(rate) = self.bits_per_second else { return now };
         let nanoseconds = (bytes as u128 * 8_000_000_000).div_ceil(u128::from(rate.get()));
         let time = Duration::from_nanos(u64::try_from(nanoseconds).unwrap_or(u64::MAX));
         // A moment is whole at any time.
         let mut free_from = self.free_from.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = now.checked_sub(CREDIT).map_or(now, |earliest| earliest.max(*free_from));
+        let before = |time| now.checked_sub(time).unwrap_or(now);
+        let earliest = waiting_since.map_or(before(CREDIT), |since| since.clamp(before(LATENESS), now));
+        let start = earliest.max(*free_from);
         // A wait beyond what the clock can tell is as good as none that ends.
         *free_from = start.checked_add(time).unwrap_or(start);
-        (*free_from).max(now)
+        *free_from
     }
 
     /// Returns how many bytes have been put in line.
@@ -77,12 +84,18 @@ mod tests {
         // 8 Mbit/s is a byte a microsecond.
         let shaper = Shaper::new(NonZeroU64::new(8_000_000));
         let start = Instant::now() + Duration::from_secs(1);
-        assert_eq!(shaper.reserve_at(2000, start), start, "a burst");
-        assert_eq!(shaper.reserve_at(500, start), start + Duration::from_micros(500));
-        assert_eq!(shaper.reserve_at(1, start + Duration::from_micros(100)), start + Duration::from_micros(501));
+        let after = Duration::from_micros;
+        assert_eq!(shaper.reserve_at(2000, None, start), start, "a burst");
+        assert_eq!(shaper.reserve_at(500, None, start), start + after(500));
+        assert_eq!(shaper.reserve_at(1, None, start + after(100)), start + after(501));
         let later = start + Duration::from_secs(1);
-        assert_eq!(shaper.reserve_at(3000, later), later + Duration::from_millis(1), "idle time is not saved up");
-        assert_eq!(shaper.bytes(), 5501);
+        assert_eq!(shaper.reserve_at(3000, None, later), later + after(1000), "idle time is not saved up");
+        let late = later + after(101_000);
+        assert_eq!(shaper.reserve_at(500, Some(later), late), later + after(1500), "time without us is made up for");
+        assert_eq!(shaper.reserve_at(500, Some(late + after(1)), late), late + after(500), "not before it waited");
+        let much = late + Duration::from_secs(1);
+        assert_eq!(shaper.reserve_at(1, Some(late), much), much - LATENESS + after(1));
+        assert_eq!(shaper.bytes(), 6502);
         shaper.reset();
         assert_eq!(shaper.bytes(), 0);
     }
@@ -94,6 +107,6 @@ mod tests {
         }
         let unlimited = Shaper::new(None);
         let now = Instant::now();
-        assert_eq!(unlimited.reserve_at(1 << 30, now), now);
+        assert_eq!(unlimited.reserve_at(1 << 30, None, now), now);
     }
 }

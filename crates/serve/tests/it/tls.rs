@@ -1,15 +1,28 @@
 //! The same over TLS, by HTTP/1 and HTTP/2.
 
-use std::{net::TcpListener, process::Command, sync::Arc};
+use std::{
+    net::TcpListener,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
 
-use loris_serve::{registry::Registry, server::ServerOptions};
+use loris_oci::{
+    ImageSource as _, Reference, auth,
+    registry::{Client, Config},
+};
+use loris_serve::{
+    link::{Link, LinkOptions},
+    registry::Registry,
+    server::{ServerHandle, ServerOptions},
+};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
 
-#[tokio::test]
-async fn tls() {
-    let Some(openssl) = loris_testkit::require_peer("tls", "openssl") else { return };
-    let directory = tempfile::tempdir().unwrap();
-    let (key, certificate) = (directory.path().join("key"), directory.path().join("certificate"));
+/// Starts a registry that speaks TLS and these protocols in it, and returns its certificate's file too.
+fn serve(test: &str, directory: &Path, protocols: &[&[u8]]) -> Option<(ServerHandle, PathBuf)> {
+    let openssl = loris_testkit::require_peer(test, "openssl")?;
+    let (key, certificate) = (directory.join("key"), directory.join("certificate"));
     let made = Command::new(openssl)
         .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"])
         .args(["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"])
@@ -30,11 +43,17 @@ async fn tls() {
             PrivateKeyDer::from_pem_file(&key).unwrap(),
         )
         .unwrap();
-    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-    let registry = Registry::open(directory.path().join("registry")).unwrap();
+    config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+    let registry = Registry::open(directory.join("registry")).unwrap();
     let options = ServerOptions { tls: Some(Arc::new(config)), ..ServerOptions::default() };
     let server = registry.serve(TcpListener::bind("127.0.0.1:0").unwrap(), options).unwrap();
+    Some((server, certificate))
+}
 
+#[tokio::test]
+async fn tls() {
+    let directory = tempfile::tempdir().unwrap();
+    let Some((server, certificate)) = serve("tls", directory.path(), &[b"h2", b"http/1.1"]) else { return };
     let trusted = reqwest::Certificate::from_pem(&std::fs::read(&certificate).unwrap()).unwrap();
     let client = || reqwest::Client::builder().no_proxy().tls_certs_only([trusted.clone()]);
     let url = format!("https://{}/v2/", server.address());
@@ -49,5 +68,40 @@ async fn tls() {
     // Plain HTTP to a port of TLS is refused, and the server goes on.
     assert!(client().build().unwrap().get(url.replace("https", "http")).send().await.is_err());
     assert!(client().build().unwrap().get(&url).send().await.is_ok());
+    server.stop().await;
+}
+
+/// Our client takes HTTP/2 where it is offered: the server speaks nothing else, and many requests need one connection.
+#[tokio::test]
+async fn our_client_speaks_http_2() {
+    let test = "tls::our_client_speaks_http_2";
+    let directory = tempfile::tempdir().unwrap();
+    let Some((server, certificate)) = serve(test, directory.path(), &[b"h2"]) else { return };
+    let link = Link::start(LinkOptions::symmetric(0, Duration::ZERO), server.address()).unwrap();
+    let config = Config {
+        environment: auth::Environment::default(),
+        cert_roots: Vec::new(),
+        ca_files: vec![certificate.clone()],
+        ..Config::default()
+    };
+    let reference: Reference = format!("{}/a/b:latest", link.address()).parse().unwrap();
+    let source = Client::new(config).unwrap().source(&reference);
+    let mut connections = 0;
+    for requests in [1, 20] {
+        let asking = (0..requests).map(|_| source.root());
+        for answer in futures_util::future::join_all(asking).await {
+            let error = answer.unwrap_err();
+            assert!(matches!(error, loris_oci::Error::NotFound { .. }), "{error}");
+        }
+        // On loopback, the first one only finds out whether TLS is spoken.
+        let made = link.statistics().connections;
+        assert!(requests == 1 || made == connections, "{made} connections for {requests} requests at a time");
+        connections = made;
+    }
+    // The server refuses who speaks HTTP/1 only.
+    let trusted = reqwest::Certificate::from_pem(&std::fs::read(&certificate).unwrap()).unwrap();
+    let old = reqwest::Client::builder().no_proxy().tls_certs_only([trusted]).http1_only().build().unwrap();
+    assert!(old.get(format!("https://{}/v2/", server.address())).send().await.is_err());
+    link.stop();
     server.stop().await;
 }

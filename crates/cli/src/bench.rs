@@ -15,6 +15,7 @@ use serde::Serialize;
 
 use crate::{
     Global,
+    engine::EngineArgument,
     failure::{self, Outcome},
     measure::{Measured, measure, median},
     progress::Bars,
@@ -61,6 +62,8 @@ struct RunBench {
     #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
     #[command(flatten)]
+    engine: EngineArgument,
+    #[command(flatten)]
     link: LinkArguments,
 }
 
@@ -96,8 +99,8 @@ impl RunBench {
         let mut lazy = Vec::new();
         for turn in 0..self.runs {
             // Each has an empty cache of its own; in turn, so that a machine that slows down slows both.
-            full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy"]).context("full pull")?);
-            lazy.push(self.start(&stage, &format!("lazy{turn}"), &[]).context("lazy start")?);
+            full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy".to_owned()]).context("full pull")?);
+            lazy.push(self.start(&stage, &format!("lazy{turn}"), &self.engine.arguments()).context("lazy start")?);
         }
         stage.clear().await?;
         let report = RunReport {
@@ -110,7 +113,7 @@ impl RunBench {
         Ok(Outcome::Done)
     }
 
-    fn start(&self, stage: &Stage, cache: &str, flags: &[&str]) -> Result<Crossed> {
+    fn start(&self, stage: &Stage, cache: &str, flags: &[String]) -> Result<Crossed> {
         let mut command = ourselves()?;
         command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
         command.args(flags).arg(stage.linked(REPOSITORY)).args(&self.command);

@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::{
     Global,
     convert::defaults,
+    engine::EngineArgument,
     failure::{self, Outcome},
     progress::Bars,
     stage::{Crossed, LinkArguments, Stage, ourselves},
@@ -32,6 +33,8 @@ pub(crate) struct DemoArguments {
     /// Content of the image, in MB (10^6 bytes) before compression
     #[arg(long, default_value_t = 500, value_name = "MB", value_parser = clap::value_parser!(u64).range(1..=100_000))]
     size: u64,
+    #[command(flatten)]
+    engine: EngineArgument,
 }
 
 /// The image's name in the demo's registry.
@@ -64,8 +67,8 @@ impl DemoArguments {
         let image_bytes = prepare(global, &plan, &stage, say).await?;
         let program = plan.command.first().map_or("", String::as_str);
         say(&format!("starting {program} from it over a link of {}: a full pull, then lazily", self.link));
-        let pull = start(&stage, "pull", &["--no-lazy"]).context("the full pull")?;
-        let lazy = start(&stage, "lazy", &[]).context("the lazy start")?;
+        let pull = start(&stage, "pull", &["--no-lazy".to_owned()]).context("the full pull")?;
+        let lazy = start(&stage, "lazy", &self.engine.arguments()).context("the lazy start")?;
         stage.clear().await?;
 
         let report = Report { image_bytes, pull, lazy };
@@ -100,7 +103,7 @@ async fn prepare(global: &Global, plan: &machine::Plan, stage: &Stage, say: impl
 }
 
 /// Runs the image's program in a process of its own, as a user would.
-fn start(stage: &Stage, cache: &str, flags: &[&str]) -> Result<Crossed> {
+fn start(stage: &Stage, cache: &str, flags: &[String]) -> Result<Crossed> {
     let mut command = ourselves()?;
     command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
     command.args(flags).arg(stage.linked(REPOSITORY));

@@ -12,6 +12,8 @@ mod bench;
 mod convert;
 mod copy;
 mod demo;
+mod doctor;
+mod engine;
 mod failure;
 mod fs;
 mod inspect;
@@ -84,6 +86,8 @@ enum Verb {
     Umount(mount::UmountArguments),
     /// Run a container over a lazily mounted image
     Run(run::RunArguments),
+    /// Show what this machine allows, which engine mounts would get, and what to change for a better one
+    Doctor(doctor::DoctorArguments),
     /// Measure: lazy against full pull, and conversion against the tools of today
     Bench(bench::BenchArguments),
     /// Show the main job on this machine: one image, pulled whole and lazily
@@ -130,6 +134,7 @@ fn main() -> ExitCode {
         Verb::Mount(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Umount(arguments) => arguments.run(&global),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Demo(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Completion { .. } | Verb::OciRuntime(_) => Ok(Outcome::Done),

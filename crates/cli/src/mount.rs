@@ -7,7 +7,6 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
-    sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
@@ -19,8 +18,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     Global,
     access::OnePlatform,
+    engine::EngineArgument,
     failure::{self, Outcome},
-    opened::{OpenLazily, Opened},
+    opened::{Looked, OpenLazily, Opened},
 };
 
 /// Mount an image lazily at a directory.
@@ -42,6 +42,8 @@ pub(crate) struct MountArguments {
     /// Where the serving process in the background writes its log
     #[arg(long, value_name = "FILE", conflicts_with = "foreground")]
     log_file: Option<PathBuf>,
+    #[command(flatten)]
+    engine: EngineArgument,
     #[command(flatten)]
     platform: OnePlatform,
     #[command(flatten)]
@@ -75,15 +77,22 @@ impl MountArguments {
         // Before the mount exists, so that no signal finds it without its handler.
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
-        let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::MOUNT).await?;
+        let store = self.open.store()?;
+        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
+        let opened = Opened::from_looked(looked.image, &self.image)?;
         let access = match (&self.upper, self.rw) {
             (Some(directory), _) => Access::Keep(std::path::absolute(directory)?),
             (None, true) => Access::Discard,
             (None, false) => Access::ReadOnly,
         };
-        let options = RootFsOptions { mountpoint: Some(self.directory.clone()), access, ..RootFsOptions::read_only() };
+        let options = RootFsOptions {
+            mountpoint: Some(self.directory.clone()),
+            access,
+            engine: self.engine.engine,
+            ..RootFsOptions::read_only(&store)
+        };
         let runtime = tokio::runtime::Handle::current();
-        let root = RootFs::assemble(Arc::new(opened.tree()), opened.layers().to_vec(), &options, &runtime)
+        let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
         if background {
             tell_ready(self.log_file.as_deref())?;

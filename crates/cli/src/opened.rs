@@ -16,15 +16,28 @@ pub(crate) struct OpenLazily {
     /// Serve layers whose content no digest in the manifest vouches for
     #[arg(long)]
     allow_unverified: bool,
+    #[command(flatten)]
+    place: StorePlace,
+}
+
+/// Where the store is.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct StorePlace {
     /// Where content that was read is kept
     #[arg(long, env = "LORIS_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
 }
 
-impl OpenLazily {
-    pub(crate) fn store(&self) -> anyhow::Result<Store> {
+impl StorePlace {
+    pub(crate) fn open(&self) -> anyhow::Result<Store> {
         let directory = self.cache_dir.clone().unwrap_or_else(default_store);
         Store::open(&directory).with_context(|| format!("opening the cache {}", directory.display()))
+    }
+}
+
+impl OpenLazily {
+    pub(crate) fn store(&self) -> anyhow::Result<Store> {
+        self.place.open()
     }
 
     pub(crate) fn options(&self, policy: FetchPolicy) -> OpenOptions {

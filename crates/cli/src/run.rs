@@ -14,12 +14,13 @@ use loris_container::{
     runtime::{NOT_STARTED, Runner, Runtime, Streams, forwarded_signals},
     spec::{Container, Network, Volume, Wishes},
 };
-use loris_lazy::FetchPolicy;
+use loris_lazy::{FetchPolicy, Store};
 use loris_mount::rootfs::{self, RootFs, RootFsOptions};
 
 use crate::{
     Global,
     access::OnePlatform,
+    engine::EngineArgument,
     failure::{self, Outcome, Usage},
     opened::{Looked, OpenLazily, Opened},
     progress::Bars,
@@ -80,6 +81,8 @@ pub(crate) struct RunArguments {
     #[arg(long)]
     no_lazy: bool,
     #[command(flatten)]
+    engine: EngineArgument,
+    #[command(flatten)]
     platform: OnePlatform,
     #[command(flatten)]
     open: OpenLazily,
@@ -130,7 +133,7 @@ impl RunArguments {
         let store = self.open.store()?;
         let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
         let process = looked.image.config.config.clone();
-        let root = self.root(global, looked).await?;
+        let root = self.root(global, looked, &store).await?;
         let streams = Streams::inherited().context("taking standard streams")?;
         let container = Container::new(&process, &self.wishes(), root.path(), &|name| std::env::var(name).ok())?;
         let status = Runner::new(runtime).run(container, streams, signals).await?;
@@ -138,7 +141,7 @@ impl RunArguments {
         Ok(status)
     }
 
-    async fn root(&self, global: &Global, looked: Looked) -> anyhow::Result<Root> {
+    async fn root(&self, global: &Global, looked: Looked, store: &Store) -> anyhow::Result<Root> {
         let whole = if self.no_lazy {
             true
         } else if let Some(why) = looked.why_not_lazy() {
@@ -158,10 +161,14 @@ impl RunArguments {
             return Ok(Root::Full(unpacked));
         }
         let opened = Opened::from_looked(looked.image, &self.image)?;
-        let options = RootFsOptions { access: rootfs::Access::Discard, ..RootFsOptions::read_only() };
+        let options = RootFsOptions {
+            access: rootfs::Access::Discard,
+            engine: self.engine.engine,
+            ..RootFsOptions::read_only(store)
+        };
         let handle = tokio::runtime::Handle::current();
-        let root = RootFs::assemble(Arc::new(opened.tree()), opened.layers().to_vec(), &options, &handle)
-            .with_context(|| format!("mounting {}", self.image))?;
+        let root =
+            RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
         Ok(Root::Lazy(root, opened))
     }
 

@@ -2,6 +2,12 @@
 
 use std::{fmt, str::FromStr};
 
+mod asking;
+mod probe;
+mod tiny;
+
+pub use probe::{EngineReport, probe};
+
 /// A way in which a tree becomes visible.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub enum Engine {

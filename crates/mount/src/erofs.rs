@@ -14,19 +14,28 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{ffi::OsStrExt, fs::OpenOptionsExt as _},
     },
     path::{Path, PathBuf},
 };
 
-use rustix::{fs::OFlags, mount::MountAttrFlags};
+use rustix::{
+    fs::{OFlags, inotify},
+    mount::MountAttrFlags,
+};
+use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
     MountError,
     fsopen::{self, Context, Refusal, STRING_BYTES},
     mounts::{self, OwnMount, Unmounted},
 };
+
+mod bootstrap;
+
+pub(crate) use bootstrap::write_tree;
+pub use bootstrap::{Form, cached_bootstrap};
 
 /// How to mount.
 #[derive(Clone, Debug, Default)]
@@ -40,14 +49,58 @@ pub struct ErofsOptions {
 #[derive(Debug)]
 pub struct ErofsMount {
     mount: OwnMount,
+    goodbye: Goodbye,
     gone: bool,
 }
 
-impl ErofsMount {
-    /// Mounts a bootstrap at a directory: read-only, devices and set-uid programs as the tree has them. `devices[n]` is
-    /// what the bootstrap means by device `n + 1`. Blocks for some system calls.
+/// An EROFS that stands nowhere yet: it can be reached through its descriptor alone, and goes with it.
+#[derive(Debug)]
+pub struct DetachedErofs {
+    root: OwnedFd,
+    goodbye: Goodbye,
+}
+
+impl DetachedErofs {
+    /// Makes the file system of a bootstrap: read-only, devices and set-uid programs as the tree has them. `devices[n]` is
+    /// what the bootstrap means by device `n + 1`; the kernel opens them all now, and never again. Blocks for some system
+    /// calls.
     ///
     /// The bootstrap's path is shown in the kernel's list of mounts, by which [`mounts::MountInfo::is_loris`] knows it.
+    ///
+    /// # Errors
+    /// See [`MountError`].
+    pub fn create(bootstrap: &Path, devices: &[PathBuf], options: &ErofsOptions) -> Result<Self, MountError> {
+        let root = create(bootstrap, devices, options).map_err(|refusal| refused(bootstrap, refusal))?;
+        let goodbye = Goodbye::new(&root).map_err(|error| refused(bootstrap, Refusal::plain(error)))?;
+        Ok(Self { root, goodbye })
+    }
+
+    /// Returns its root.
+    #[must_use]
+    pub fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Puts it at a directory.
+    ///
+    /// # Errors
+    /// See [`MountError`]: nothing is mounted then.
+    pub fn attach(self, mountpoint: &Path) -> Result<ErofsMount, MountError> {
+        let mountpoint = mounts::check_mountpoint(mountpoint)?;
+        let Self { root, goodbye } = self;
+        fsopen::attach(&root, &mountpoint).map_err(|error| refused(&mountpoint, Refusal::plain(error)))?;
+        // The descriptor would keep the mount in use.
+        drop(root);
+        Ok(ErofsMount { mount: OwnMount::note(&mountpoint)?, goodbye, gone: false })
+    }
+}
+
+fn refused(path: &Path, Refusal { source, detail }: Refusal) -> MountError {
+    MountError::Refused { what: "EROFS", path: path.to_owned(), source, detail }
+}
+
+impl ErofsMount {
+    /// Mounts a bootstrap at a directory: [`DetachedErofs::create`] and [`DetachedErofs::attach`] at once.
     ///
     /// # Errors
     /// See [`MountError`]: nothing is mounted then.
@@ -57,24 +110,18 @@ impl ErofsMount {
         mountpoint: &Path,
         options: &ErofsOptions,
     ) -> Result<Self, MountError> {
-        let mountpoint = mounts::check_mountpoint(mountpoint)?;
-        let refused = |Refusal { source, detail }: Refusal| MountError::Refused {
-            what: "EROFS",
-            path: mountpoint.clone(),
-            source,
-            detail,
-        };
-        let mount = create(bootstrap, devices, options).map_err(refused)?;
-        fsopen::attach(&mount, &mountpoint).map_err(|error| refused(Refusal::plain(error)))?;
-        // The descriptor would keep the mount in use.
-        drop(mount);
-        Ok(Self { mount: OwnMount::note(&mountpoint)?, gone: false })
+        DetachedErofs::create(bootstrap, devices, options)?.attach(mountpoint)
     }
 
     /// Where it is mounted.
     #[must_use]
     pub fn mountpoint(&self) -> &Path {
         self.mount.mountpoint()
+    }
+
+    /// Waits until the kernel has no use for it any more: somebody has unmounted it, and nobody has a file of it open.
+    pub async fn ended(&self) {
+        self.goodbye.said().await;
     }
 
     /// Unmounts it: as usual, or where it is in use, by detaching it.
@@ -93,6 +140,30 @@ impl Drop for ErofsMount {
             && let Err(error) = self.mount.unmount()
         {
             tracing::warn!(%error, "an EROFS stays mounted");
+        }
+    }
+}
+
+/// Tells when a file system is shut down. An inotify watch ends with the file system, and does not keep it in use.
+#[derive(Debug)]
+struct Goodbye(OwnedFd);
+
+impl Goodbye {
+    fn new(root: &OwnedFd) -> io::Result<Self> {
+        let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
+        let path = format!("/proc/self/fd/{}", root.as_raw_fd());
+        // The root is never deleted: there is nothing to be read before the end.
+        inotify::add_watch(&inotify, path, inotify::WatchFlags::DELETE_SELF)?;
+        Ok(Self(inotify))
+    }
+
+    async fn said(&self) {
+        // SAFETY: the descriptor is borrowed from `self`, which keeps it open for longer than the watch on it lives.
+        let inotify = unsafe { AsyncFd::register_with_interest(self.0.as_fd(), Interest::READABLE) };
+        // Where the runtime cannot watch a descriptor, nobody is told; whoever waits waits for signals too.
+        match &inotify {
+            Ok(inotify) => drop(inotify.readable().await),
+            Err(_) => std::future::pending().await,
         }
     }
 }

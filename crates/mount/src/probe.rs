@@ -3,7 +3,7 @@
 //! Asked before anything is fetched, so that a command can say all that it lacks at once. What stands here is a
 //! forecast; the mount itself decides.
 
-use std::{fmt, fs, io};
+use std::{fmt, fs, io, os::unix::fs::PermissionsExt as _};
 
 use rustix::thread::CapabilitySet;
 
@@ -31,7 +31,7 @@ impl Ability {
         *self == Self::Present
     }
 
-    fn missing(reason: impl Into<String>, remedy: &'static str) -> Self {
+    pub(crate) fn missing(reason: impl Into<String>, remedy: &'static str) -> Self {
         Self::Missing { reason: reason.into(), remedy }
     }
 }
@@ -57,6 +57,8 @@ pub struct Abilities {
     pub fusermount: Ability,
     /// overlayfs is in the kernel.
     pub overlay: Ability,
+    /// Users without privileges can mount FUSE: `fusermount3` is there, and they may open the device.
+    pub users: Ability,
     /// Users may let other users see their FUSE mounts (`user_allow_other`).
     pub users_may_allow_other: bool,
 }
@@ -77,7 +79,7 @@ impl Abilities {
         self.admin.is_present()
     }
 
-    /// Returns what is missing for a mount, each with its remedy; nothing where it can be tried.
+    /// Returns what is missing for a mount over FUSE, each with its remedy; nothing where it can be tried.
     #[must_use]
     pub fn missing_for(&self, wish: Wish) -> Vec<&Ability> {
         let needed: &[&Ability] = match (wish, self.is_admin()) {
@@ -89,10 +91,21 @@ impl Abilities {
         needed.iter().copied().filter(|ability| !ability.is_present()).collect()
     }
 
+    /// Returns what is missing for an overlay, where one is needed.
+    #[must_use]
+    pub fn missing_for_overlay(&self, wish: Wish) -> Vec<&Ability> {
+        let needed: &[&Ability] = match wish {
+            Wish::ReadOnly => &[],
+            Wish::ReadWrite => &[&self.admin, &self.overlay],
+        };
+        needed.iter().copied().filter(|ability| !ability.is_present()).collect()
+    }
+
     /// Returns all abilities with their names, for a report.
     #[must_use]
-    pub fn all(&self) -> [(&'static str, &Ability); 4] {
+    pub fn all(&self) -> [(&'static str, &Ability); 5] {
         [
+            ("FUSE for users", &self.users),
             ("/dev/fuse", &self.fuse_device),
             ("right to mount", &self.admin),
             ("fusermount3", &self.fusermount),
@@ -112,7 +125,23 @@ pub fn probe() -> Abilities {
             None => Ability::missing("fusermount3 is not installed", "`apt install fuse3` installs it"),
         },
         overlay: overlay(),
+        users: users(),
         users_may_allow_other: fusermount::may_allow_other(),
+    }
+}
+
+fn users() -> Ability {
+    if fusermount::find().is_none() {
+        return Ability::missing("fusermount3 is not installed", "`apt install fuse3` installs it");
+    }
+    match fs::metadata(crate::fuse::DEVICE) {
+        // Reading and writing for others.
+        Ok(device) if device.permissions().mode() & 0o006 == 0o006 => Ability::Present,
+        Ok(_) => Ability::missing("only root may open /dev/fuse", "let all users open it with `chmod 666 /dev/fuse`"),
+        Err(error) => {
+            let remedy = fuse_device_remedy(&error);
+            Ability::missing(format!("{}: {error}", crate::fuse::DEVICE), remedy)
+        }
     }
 }
 
@@ -190,6 +219,7 @@ mod tests {
             admin: if admin { Ability::Present } else { missing() },
             fusermount: if fusermount { Ability::Present } else { missing() },
             overlay: missing(),
+            users: missing(),
             users_may_allow_other: false,
         };
         let cases = [

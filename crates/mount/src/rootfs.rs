@@ -1,10 +1,13 @@
 //! The root file system of an image, at one directory: to be read, or to be written to as well.
 //!
 //! ```text
-//!  read-only:   tree over FUSE ──▶ mount point
-//!  read-write:  tree over FUSE ──▶ SCRATCH/lower ─┐
-//!               SCRATCH/upper, SCRATCH/work ──────┴─ overlayfs ──▶ mount point
+//!  read-only:   tree ──▶ mount point
+//!  read-write:  tree ──▶ SCRATCH/lower ─────────┐
+//!               SCRATCH/upper, SCRATCH/work ────┴─ overlayfs ──▶ mount point
 //! ```
+//!
+//! The tree is that of all layers, merged: one lower directory, whatever their number. How it becomes visible is the
+//! choice of an [`Engine`], see `lower`.
 //!
 //! The scratch directory (`loris-rootfs.XXXX`) is locked by the process that uses it; one that nobody locks belongs to
 //! a process that was killed, and [`unmount_at`] removes it. What was put up is taken down in reverse order. A scratch
@@ -16,14 +19,13 @@ use std::{
     fs, io,
     os::{
         fd::OwnedFd,
-        unix::fs::{DirBuilderExt, PermissionsExt},
+        unix::fs::{DirBuilderExt, MetadataExt},
     },
     path::{Path, PathBuf},
     sync::Arc,
 };
 
-use loris_format::tree::{InodeId, Tree};
-use loris_lazy::LazyLayer;
+use loris_lazy::{LazyLayer, Store};
 use rustix::{
     fs::{CWD, FlockOperation, Mode, OFlags},
     io::Errno,
@@ -33,11 +35,16 @@ use tokio::runtime::Handle;
 
 use crate::{
     MountError,
-    fuse::{FuseMount, FuseOptions},
+    engine::{self, Engine},
+    fuse::FuseOptions,
     mounts::{self, Unmounted},
     overlay::{OverlayMount, OverlayOptions, Upper},
     probe::{Wish, probe},
 };
+
+mod lower;
+
+use lower::{Lower, Parts};
 
 /// How the names of scratch directories begin.
 const SCRATCH: &str = "loris-rootfs.";
@@ -64,15 +71,26 @@ pub struct RootFsOptions {
     /// Where to make the scratch directory. Must be on a file system that overlayfs takes as upper directory (not on an
     /// overlay) where `access` is [`Access::Discard`].
     pub scratch: PathBuf,
-    /// How to serve the tree.
+    /// The engine; `None` for the best that works here, see [`engine::probe`].
+    pub engine: Option<Engine>,
+    /// The store that the layers are kept in, and bootstraps beside them.
+    pub store: Store,
+    /// How to serve what is served over FUSE.
     pub fuse: FuseOptions,
 }
 
 impl RootFsOptions {
-    /// Read-only, in a scratch directory below the system's directory for temporary files.
+    /// Read-only, in a scratch directory below the system's directory for temporary files, by the best engine.
     #[must_use]
-    pub fn read_only() -> Self {
-        Self { mountpoint: None, access: Access::ReadOnly, scratch: std::env::temp_dir(), fuse: FuseOptions::default() }
+    pub fn read_only(store: &Store) -> Self {
+        Self {
+            mountpoint: None,
+            access: Access::ReadOnly,
+            scratch: std::env::temp_dir(),
+            engine: None,
+            store: store.clone(),
+            fuse: FuseOptions::default(),
+        }
     }
 }
 
@@ -82,27 +100,19 @@ pub struct RootFs {
     path: PathBuf,
     /// Uppermost first: the order in which they are taken down.
     overlay: Option<OverlayMount>,
-    fuse: Option<FuseMount>,
+    lower: Option<Lower>,
     scratch: Option<Scratch>,
 }
 
 impl RootFs {
-    /// Mounts `tree`, whose layer `n` is `layers[n]`. Missing content is fetched on `runtime`. On return it is live.
-    /// Blocks for some system calls, never for the network.
+    /// Mounts the layers of an image, the lowest first. Missing content is fetched on `runtime`. On return it is live.
+    /// Blocks for some system calls, and for the processor where the tree has to be built; never for the network.
     ///
     /// # Errors
     /// See [`MountError`]: nothing is left mounted, and no directory left behind, then.
-    pub fn assemble(
-        tree: Arc<Tree>,
-        layers: Vec<Arc<LazyLayer>>,
-        options: &RootFsOptions,
-        runtime: &Handle,
-    ) -> Result<Self, MountError> {
+    pub fn assemble(layers: &[Arc<LazyLayer>], options: &RootFsOptions, runtime: &Handle) -> Result<Self, MountError> {
         let wish = if options.access == Access::ReadOnly { Wish::ReadOnly } else { Wish::ReadWrite };
-        let missing: Vec<_> = probe().missing_for(wish).iter().map(ToString::to_string).collect();
-        if !missing.is_empty() {
-            return Err(MountError::Unable { missing: missing.join("; ") });
-        }
+        let engines = candidates(options, wish)?;
         let scratch = match (&options.mountpoint, &options.access) {
             (Some(_), Access::ReadOnly) => None,
             _ => Some(Scratch::create(&options.scratch)?),
@@ -113,17 +123,22 @@ impl RootFs {
             (None, None) => unreachable!("a mount without a mount point of its own has a scratch directory"),
         };
         // From here on, an early return drops what was put up so far, uppermost first.
-        let mut rootfs = Self { path, overlay: None, fuse: None, scratch };
-        let overlay = match (&rootfs.scratch, upper_directory(options, rootfs.scratch.as_ref(), &tree)?) {
-            (Some(scratch), Some(upper)) => Some((scratch.directory("lower")?, upper)),
+        let mut rootfs = Self { path, overlay: None, lower: None, scratch };
+        let base = match (&options.access, &rootfs.scratch) {
+            (Access::Keep(base), _) => Some(base.clone()),
+            (Access::Discard, Some(scratch)) => Some(scratch.path().to_owned()),
             _ => None,
         };
-        let fuse_at = overlay.as_ref().map_or(&rootfs.path, |(lower, _)| lower);
-        rootfs.fuse = Some(FuseMount::mount(tree, layers, fuse_at, &options.fuse, runtime)?);
-        if let Some((lower, upper)) = overlay {
+        let lower_at = match (&base, &rootfs.scratch) {
+            (Some(_), Some(scratch)) => scratch.directory("lower")?,
+            _ => rootfs.path.clone(),
+        };
+        let parts = Parts { layers, store: &options.store, fuse: &options.fuse, runtime };
+        rootfs.lower = Some(Lower::mount(&engines, &parts, &lower_at)?);
+        if let Some(base) = base {
             let overlay = OverlayOptions {
-                lower: vec![lower],
-                upper: Some(upper),
+                upper: Some(upper_directory(&base, &lower_at)?),
+                lower: vec![lower_at],
                 user_xattrs: in_user_namespace(),
                 volatile: options.access == Access::Discard,
             };
@@ -138,10 +153,16 @@ impl RootFs {
         &self.path
     }
 
+    /// Which engine shows its tree.
+    #[must_use]
+    pub fn engine(&self) -> Engine {
+        self.lower.as_ref().map_or(Engine::Fuse, Lower::engine)
+    }
+
     /// Waits until somebody else has taken it down, as [`unmount_at`] does. It should be dropped then.
     pub async fn ended(&self) {
-        if let Some(fuse) = &self.fuse {
-            fuse.ended().await;
+        if let Some(lower) = &self.lower {
+            lower.ended().await;
         }
     }
 
@@ -155,12 +176,12 @@ impl RootFs {
 
     fn take_down(&mut self) -> Result<Unmounted, MountError> {
         let overlay = self.overlay.take().map_or(Ok(Unmounted::Absent), OverlayMount::unmount);
-        let fuse = self.fuse.take().map_or(Ok(Unmounted::Absent), FuseMount::unmount);
+        let lower = self.lower.take().map_or(Ok(Unmounted::Absent), Lower::unmount);
         let scratch = self.scratch.take().map_or(Ok(()), Scratch::remove);
-        let (overlay, fuse) = (overlay?, fuse?);
+        let (overlay, lower) = (overlay?, lower?);
         scratch?;
-        let detached = [overlay, fuse].contains(&Unmounted::Detached);
-        let absent = [overlay, fuse] == [Unmounted::Absent; 2];
+        let detached = [overlay, lower].contains(&Unmounted::Detached);
+        let absent = [overlay, lower] == [Unmounted::Absent; 2];
         Ok(match (detached, absent) {
             (true, _) => Unmounted::Detached,
             (_, true) => Unmounted::Absent,
@@ -204,31 +225,56 @@ pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
     Ok(unmounted)
 }
 
-/// Where changes go, if anywhere. A fresh upper directory looks like the root of the tree, since its mode and owner are
-/// those of the root that programs see.
-fn upper_directory(
-    options: &RootFsOptions,
-    scratch: Option<&Scratch>,
-    tree: &Tree,
-) -> Result<Option<Upper>, MountError> {
-    let base = match (&options.access, scratch) {
-        (Access::Keep(base), _) => base.as_path(),
-        (Access::Discard, Some(scratch)) => scratch.path(),
-        _ => return Ok(None),
-    };
+/// Returns the engines to try, the best first.
+fn candidates(options: &RootFsOptions, wish: Wish) -> Result<Vec<Engine>, MountError> {
+    let abilities = probe();
+    let unable = |missing: Vec<String>| Err(MountError::Unable { missing: missing.join("; ") });
+    let missing = abilities.missing_for_overlay(wish);
+    if !missing.is_empty() {
+        return unable(missing.iter().map(ToString::to_string).collect());
+    }
+    if options.engine == Some(Engine::Fuse) {
+        // Nothing else has to be looked at.
+        let missing = abilities.missing_for(wish);
+        if !missing.is_empty() {
+            return unable(missing.iter().map(ToString::to_string).collect());
+        }
+        return Ok(vec![Engine::Fuse]);
+    }
+    let report = engine::probe(options.store.root());
+    if let Some(engine) = options.engine {
+        let ability = report.ability(engine);
+        if !ability.is_present() {
+            return Err(MountError::Engine { engine, reason: ability.to_string() });
+        }
+        return Ok(vec![engine]);
+    }
+    let usable = report.usable();
+    if usable.is_empty() {
+        return unable(abilities.missing_for(wish).iter().map(ToString::to_string).collect());
+    }
+    for engine in Engine::ALL.into_iter().take_while(|engine| !usable.contains(engine)) {
+        tracing::info!(%engine, reason = %report.ability(engine), "a better engine cannot be used");
+    }
+    Ok(usable)
+}
+
+/// Makes the directories that take changes. A fresh upper directory looks like the root of the tree, since its mode and
+/// owner are those of the root that programs see.
+fn upper_directory(base: &Path, lower: &Path) -> Result<Upper, MountError> {
     let failed = |path: &Path, source: io::Error| MountError::Scratch { path: path.to_owned(), source };
     let upper = Upper { upper: base.join("upper"), work: base.join("work") };
     let fresh = !upper.upper.exists();
     for directory in [base, &upper.upper, &upper.work] {
         fs::create_dir_all(directory).map_err(|error| failed(directory, error))?;
     }
-    if let Some(root) = tree.inode(InodeId::ROOT).filter(|_| fresh) {
-        let permissions = fs::Permissions::from_mode(u32::from(root.permissions & 0o7777));
-        std::os::unix::fs::chown(&upper.upper, Some(root.uid), Some(root.gid))
-            .and_then(|()| fs::set_permissions(&upper.upper, permissions))
+    if fresh {
+        let root = fs::metadata(lower).map_err(|error| failed(lower, error))?;
+        std::os::unix::fs::chown(&upper.upper, Some(root.uid()), Some(root.gid()))
+            .and_then(|()| fs::set_permissions(&upper.upper, root.permissions()))
             .map_err(|error| failed(&upper.upper, error))?;
     }
-    Ok(Some(upper))
+    Ok(upper)
 }
 
 /// Whether user numbers are mapped here, so that overlayfs cannot use `trusted.*` attributes.

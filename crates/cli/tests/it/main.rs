@@ -5,12 +5,16 @@
 //! images that take long to make are kept, in Cargo's own directory for tests.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+mod away;
 mod bad_input;
 mod containerd;
+mod content;
 mod debian;
+mod engines;
 mod harness;
 mod image;
 mod layout;
 mod ours_to_peers;
 mod peers_to_ours;
+mod podman;
 mod rootfs;

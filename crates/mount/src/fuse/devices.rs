@@ -75,7 +75,6 @@ pub(crate) struct DeviceMount {
     /// `None` once nobody is to open a device any more.
     root: Option<OwnedFd>,
     stop: watch::Sender<bool>,
-    ended: watch::Receiver<bool>,
     session: mpsc::Receiver<()>,
 }
 
@@ -105,26 +104,19 @@ impl DeviceMount {
         let (stop, stopped) = watch::channel(false);
         let served = Arc::new(Devices { devices, fetches: Semaphore::new(MAX_FETCHES), stop: stopped });
         let session = super::protocol::session(Served(served), device.into(), threads).and_then(start);
-        let (ended, session) =
-            session.map_err(|source| Refusal { source, detail: "; handshake of FUSE".to_owned() })?;
-        Ok(Self { root: Some(root), stop, ended, session })
+        let (_, session) = session.map_err(|source| Refusal { source, detail: "; handshake of FUSE".to_owned() })?;
+        Ok(Self { root: Some(root), stop, session })
     }
 
-    /// Returns a way to a device: for this process, and before [`DeviceMount::seal`].
-    pub(crate) fn path(&self, number: usize) -> Option<PathBuf> {
-        let root = self.root.as_ref()?;
-        Some(format!("/proc/self/fd/{}/{number}", root.as_raw_fd()).into())
+    /// Returns a way to a device: for this process, and before [`DeviceMount::seal`]; afterwards it leads nowhere.
+    pub(crate) fn path(&self, number: usize) -> PathBuf {
+        let root = self.root.as_ref().map_or(-1, AsRawFd::as_raw_fd);
+        format!("/proc/self/fd/{root}/{number}").into()
     }
 
     /// Lets go of the mount: from now on it lives for as long as somebody has a device open.
     pub(crate) fn seal(&mut self) {
         self.root = None;
-    }
-
-    /// Waits until nobody has a device open any more.
-    pub(crate) async fn ended(&self) {
-        // An error means that the thread which serves has ended.
-        let _ = self.ended.clone().wait_for(|ended| *ended).await;
     }
 
     /// Ends the serving of content that is not here: such reads fail from now on. What is here is served for as long as

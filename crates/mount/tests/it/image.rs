@@ -99,6 +99,7 @@ pub struct TestImage {
     pub source: Arc<TestSource>,
     pub layers: Vec<Arc<LazyLayer>>,
     pub runtime: Runtime,
+    pub store: Store,
     pub directory: tempfile::TempDir,
 }
 
@@ -114,7 +115,7 @@ impl TestImage {
             runtime.block_on(open_layer(source.clone(), descriptor, &store, &options)).unwrap()
         };
         let layers = blobs.iter().map(|(_, descriptor)| open(descriptor)).collect();
-        Self { source, layers, runtime, directory }
+        Self { source, layers, runtime, store, directory }
     }
 
     pub fn merged(&self) -> Arc<Tree> {

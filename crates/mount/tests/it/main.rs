@@ -1,6 +1,7 @@
 //! Trees that are really mounted, compared with the same tree unpacked on disk, and used as programs use them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
+mod engines;
 mod image;
 mod mounted;
 mod read;
@@ -13,12 +14,49 @@ use std::{path::Path, sync::Arc};
 use image::TestImage;
 use loris_format::tree::Tree;
 use loris_mount::{
+    engine::{self, Engine},
     fuse::{FuseMount, FuseOptions},
     mounts,
+    rootfs::{Access, RootFs, RootFsOptions},
 };
 
-/// Mounts a tree of an image.
-fn mount(image: &TestImage, tree: Arc<Tree>, mountpoint: &Path) -> FuseMount {
+/// The engines that this machine has. Says of each other one that the test is skipped for it.
+fn engines(test: &str) -> Vec<Engine> {
+    if !can_mount_as_root(test) {
+        return Vec::new();
+    }
+    let wanted = std::env::var("LORIS_TEST_ENGINES").unwrap_or_default();
+    let store = tempfile::tempdir().unwrap();
+    let report = engine::probe(store.path());
+    let is_there = |engine: &Engine| {
+        let ability = report.ability(*engine);
+        if !ability.is_present() {
+            loris_testkit::skip(&format!("{test} ({engine})"), &ability.to_string());
+        }
+        ability.is_present()
+    };
+    let is_wanted = |engine: &Engine| wanted.is_empty() || wanted.split(',').any(|name| name == engine.name());
+    Engine::ALL.into_iter().filter(is_wanted).filter(is_there).collect()
+}
+
+/// Mounts an image, read-only, by an engine.
+fn mount(engine: Engine, image: &TestImage, mountpoint: &Path) -> RootFs {
+    let options = options(engine, image, Access::ReadOnly, Some(mountpoint));
+    RootFs::assemble(&image.layers, &options, image.runtime.handle()).unwrap()
+}
+
+fn options(engine: Engine, image: &TestImage, access: Access, mountpoint: Option<&Path>) -> RootFsOptions {
+    RootFsOptions {
+        mountpoint: mountpoint.map(Path::to_owned),
+        access,
+        scratch: image.directory.path().to_owned(),
+        engine: Some(engine),
+        ..RootFsOptions::read_only(&image.store)
+    }
+}
+
+/// Mounts a tree of an image over FUSE.
+fn mount_over_fuse(image: &TestImage, tree: Arc<Tree>, mountpoint: &Path) -> FuseMount {
     let options = FuseOptions::default();
     FuseMount::mount(tree, image.layers.clone(), mountpoint, &options, image.runtime.handle()).unwrap()
 }

@@ -8,7 +8,7 @@ use std::{
 
 use loris_mount::{
     MountError,
-    fuse::FuseOptions,
+    engine::Engine,
     mounts::{self, Unmounted},
     probe::{Wish, probe},
     rootfs::{Access, RootFs, RootFsOptions},
@@ -42,13 +42,12 @@ fn child_without_privileges() {
         mountpoint: Some(mountpoint.clone()),
         access: Access::ReadOnly,
         scratch: image.directory.path().to_owned(),
-        fuse: FuseOptions::default(),
+        ..RootFsOptions::read_only(&image.store)
     };
-    let assemble = |options: &RootFsOptions| {
-        RootFs::assemble(image.merged(), image.layers.clone(), options, image.runtime.handle())
-    };
+    let assemble = |options: &RootFsOptions| RootFs::assemble(&image.layers, options, image.runtime.handle());
     for busy in [false, true] {
         let rootfs = assemble(&options).unwrap();
+        assert_eq!(rootfs.engine(), Engine::Fuse);
         let info = mounts::find(&mountpoint).unwrap().unwrap();
         assert!(info.is_loris(), "{info:?}");
         assert_eq!(fs::read(mountpoint.join("d/big")).unwrap(), noise(1, 100_000));
@@ -121,6 +120,7 @@ fn a_user_namespace_mounts_by_itself() {
     let child = Command::new(unshare)
         .args(["--user", "--map-root-user", "--mount", "--propagation=private"])
         .arg(std::env::current_exe().unwrap())
+        .env("LORIS_TEST_ENGINES", "fuse")
         .args(["--nocapture", "--exact", "read::many_readers_at_random", "rootfs::changes_are_discarded_or_kept"])
         .output()
         .unwrap();

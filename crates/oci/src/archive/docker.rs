@@ -6,7 +6,8 @@
 //! <hex>/layer.tar    a layer, usually uncompressed: then its digest is the DiffID in the configuration
 //! ```
 //!
-//! There is no manifest in such an archive; one of Docker's schema 2 is made up, the same for the same archive.
+//! There is no manifest in such an archive. One is made up, the same for the same archive; it is OCI's, since umoci and
+//! skopeo find no other in an OCI layout, and whoever takes Docker's takes OCI's too.
 //!
 //! Source: Docker image specification 1.2 ("Combined Image JSON + Filesystem Changeset Format"), and archives of Docker
 //! 1.10 to 28, Podman, skopeo, kaniko and crane.
@@ -81,7 +82,7 @@ impl DockerArchiveSource {
             members.find(&clean)?.ok_or_else(|| Error::NotFound { what: format!("{path:?}"), place: name.clone() })
         };
         let bytes = find(&item.config)?.read(&format!("configuration {:?}", item.config), limits.config_bytes)?;
-        let config = Document::new(media_type::DOCKER_CONFIG, bytes)?;
+        let config = Document::new(media_type::OCI_CONFIG, bytes)?;
         check_config_name(&item.config, &config, &name)?;
         let view = config.image_config(limits)?;
         if view.diff_ids.len() != item.layers.len() {
@@ -98,7 +99,7 @@ impl DockerArchiveSource {
             let start = part.read_at(0..part.length.min(Compression::DETECT_BYTES as u64))?;
             let (media_type, digest) = match Compression::detect(&start) {
                 // Checked as the bytes pass.
-                Compression::None => (media_type::DOCKER_LAYER, diff_id.0),
+                Compression::None => (media_type::OCI_LAYER, diff_id.0),
                 compression => {
                     let digest = match hashed.get(&part.start) {
                         Some(digest) => *digest,
@@ -106,7 +107,7 @@ impl DockerArchiveSource {
                     };
                     hashed.insert(part.start, digest);
                     let is_gzip = compression == Compression::Gzip;
-                    (if is_gzip { media_type::DOCKER_LAYER_GZIP } else { media_type::DOCKER_LAYER_ZSTD }, digest)
+                    (if is_gzip { media_type::OCI_LAYER_GZIP } else { media_type::OCI_LAYER_ZSTD }, digest)
                 }
             };
             descriptors.push(Descriptor::new(media_type, digest, part.length));
@@ -114,7 +115,7 @@ impl DockerArchiveSource {
         }
         let manifest = Manifest {
             schema_version: 2,
-            media_type: media_type::DOCKER_MANIFEST.to_owned(),
+            media_type: media_type::OCI_MANIFEST.to_owned(),
             artifact_type: None,
             config: config.descriptor(),
             layers: descriptors,

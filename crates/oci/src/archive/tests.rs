@@ -110,7 +110,7 @@ async fn an_old_docker_archive_is_an_image() {
             assert_eq!(manifest.layers.len(), 3);
             assert_eq!(manifest.layers[0], manifest.layers[2]);
             for (layer, expected) in manifest.layers.iter().zip(&layers) {
-                assert_eq!(layer.media_type, media_type::DOCKER_LAYER);
+                assert_eq!(layer.media_type, media_type::OCI_LAYER);
                 assert_eq!(read(&*source, layer).await.unwrap(), *expected);
                 assert_eq!(source.blob_range(layer, 3..7).await.unwrap(), expected[3..7]);
             }
@@ -139,7 +139,7 @@ async fn compressed_layers_are_named_by_what_they_are() {
     let source = open(&archive, "docker-archive", "").await.unwrap();
     let manifest = source.root().await.unwrap().manifest(&Limits::default()).unwrap();
     for (found, (bytes, kind)) in
-        manifest.layers.iter().zip([(gzip, media_type::DOCKER_LAYER_GZIP), (zstd, media_type::DOCKER_LAYER_ZSTD)])
+        manifest.layers.iter().zip([(gzip, media_type::OCI_LAYER_GZIP), (zstd, media_type::OCI_LAYER_ZSTD)])
     {
         assert_eq!(*found, Descriptor::new(kind, Digest::sha256_of(&bytes), bytes.len() as u64));
         assert_eq!(read(&*source, found).await.unwrap(), bytes);

@@ -4,10 +4,11 @@ use std::{
     io::Read as _,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, value_parser};
 use loris_format::digest::Digest;
 use loris_oci::{
     ImageSink, ImageSource, Platform, Platforms,
@@ -42,6 +43,12 @@ pub(crate) struct Access {
     /// User name and password for registries
     #[arg(long, global = true, env = "LORIS_CREDS", hide_env_values = true, value_name = "USER[:PASSWORD]")]
     creds: Option<Secret>,
+    /// Give a registry that stands still up after so many seconds, and ask again
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30, value_parser = value_parser!(u64).range(1..=86_400))]
+    stall_timeout: u64,
+    /// How often a request is repeated that a registry does not answer, or not rightly
+    #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = value_parser!(u32).range(..=100))]
+    retries: u32,
 }
 
 /// What must not be seen in a log.
@@ -110,6 +117,8 @@ impl Access {
             tls_verify: self.tls_verify,
             ca_files: self.ca.clone(),
             cert_dir: self.cert_dir.clone(),
+            stall_timeout: Duration::from_secs(self.stall_timeout),
+            retries: self.retries,
             ..Config::default()
         };
         if let Some(file) = &self.authfile {

@@ -203,6 +203,11 @@ impl FaultRegistry {
         self.shared.state().faults.iter().filter(|fault| !fault.is_over()).map(ToString::to_string).collect()
     }
 
+    /// Ends all faults. What has begun, such as a stall, goes on.
+    pub fn end_faults(&self) {
+        self.shared.state().faults.clear();
+    }
+
     /// Redirects requests for blobs to the other address, or stops doing so.
     pub fn redirect_blobs(&self, redirection: impl Into<Option<Redirection>>) {
         self.shared.state().redirection = redirection.into();

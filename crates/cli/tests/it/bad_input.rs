@@ -24,7 +24,7 @@ use crate::{
 const NOT_STARTED: i32 = 125;
 const FOOTER_BYTES: usize = 51;
 
-fn name_of(layout: &Path) -> String {
+pub fn name_of(layout: &Path) -> String {
     format!("oci:{}:t", layout.display())
 }
 
@@ -44,28 +44,36 @@ fn toc(blob: &[u8]) -> (usize, Value) {
 type Change = Box<dyn FnOnce(&mut Vec<Value>)>;
 
 /// Puts another table of contents into a layer of a layout, with all digests right.
-fn replace_toc(layout: &Path, number: usize, change: impl FnOnce(&mut Vec<Value>)) {
+pub fn replace_toc(layout: &Path, number: usize, change: impl FnOnce(&mut Vec<Value>)) {
     let digest = &layout::layers(layout)[number];
     let blob = fs::read(layout::blob_path(layout, digest)).unwrap();
-    let (offset, mut table) = toc(&blob);
+    let (_, mut table) = toc(&blob);
     change(table["entries"].as_array_mut().unwrap());
-    let table = serde_json::to_vec(&table).unwrap();
+    put_toc(layout, number, &serde_json::to_vec(&table).unwrap(), None);
+}
+
+/// Puts a text in the place of a layer's table of contents, with all digests right. `stated`: what its tar header says
+/// of its size.
+pub fn put_toc(layout: &Path, number: usize, table: &[u8], stated: Option<usize>) {
+    let digest = &layout::layers(layout)[number];
+    let blob = fs::read(layout::blob_path(layout, digest)).unwrap();
+    let (offset, _) = toc(&blob);
     let mut header = [0; 512];
     header[..17].copy_from_slice(b"stargz.index.json");
     header[100..108].copy_from_slice(b"0000644\0");
-    header[124..136].copy_from_slice(format!("{:011o}\0", table.len()).as_bytes());
+    header[124..136].copy_from_slice(format!("{:011o}\0", stated.unwrap_or(table.len())).as_bytes());
     header[148..156].copy_from_slice(b"        ");
     header[156] = b'0';
     header[257..265].copy_from_slice(b"ustar\x0000");
     let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
     header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    let mut archive = [&header[..], &table].concat();
+    let mut archive = [&header[..], table].concat();
     archive.resize(archive.len().next_multiple_of(512) + 1024, 0);
     let mut encoder = GzEncoder::new(blob[..offset].to_vec(), Compression::fast());
     encoder.write_all(&archive).unwrap();
     let mut changed = encoder.finish().unwrap();
     changed.extend_from_slice(&blob[blob.len() - FOOTER_BYTES..]);
-    layout::replace_layer(layout, number, &changed, &layout::digest(&table));
+    layout::replace_layer(layout, number, &changed, &layout::digest(table));
 }
 
 #[test]
@@ -126,7 +134,7 @@ fn a_flipped_byte_fails_its_own_read_and_no_other() {
 
 /// No verb takes the layout's image, each says why, and nothing is left. `fs ls`, `mount` and `run` fail; `inspect`
 /// shows what is wrong with the layer.
-fn is_refused(layout: &Path, said: &[&str]) {
+pub fn is_refused(layout: &Path, said: &[&str]) {
     let name = name_of(layout);
     let place = Place::new();
     run(place.loris("fs ls").arg(&name)).failed(1, said);
@@ -271,6 +279,7 @@ fn registries_that_lie_get_no_wrong_byte_through() {
     let blobs = format!("/blobs/{layer}");
     for (name, effect, times) in [
         ("whole for a range", Effect::IgnoreRange, 1),
+        ("whole for every range", Effect::IgnoreRange, usize::MAX),
         ("truncated", Effect::Truncate(1000), 3),
         ("reset", Effect::Reset(50_000), 2),
         ("too many requests", Effect::RetryAfter(429, "0".to_owned()), 2),
@@ -291,6 +300,8 @@ fn registries_that_lie_get_no_wrong_byte_through() {
         let fresh = Place::new();
         let ran = run(fresh.loris("fs cat").arg(&image).arg(BIG));
         println!("{name}: {}", ran.status);
+        // One odd answer is asked about again.
+        assert!(ran.status.success() || !matches!((&effect, times), (Effect::IgnoreRange | Effect::ShiftRange(_), 1)));
         if ran.status.success() {
             assert!(ran.stdout == expected, "{name}: wrong bytes");
             assert_ne!(times, usize::MAX, "{name}: where did the bytes come from?");

@@ -167,8 +167,13 @@ impl Place {
     }
 
     pub fn try_mount(&self, image: &str) -> Result<Mounted<'_>, Ran> {
+        self.try_mount_with("mount", image)
+    }
+
+    /// Mounts with a command such as `mount --option`.
+    pub fn try_mount_with(&self, verb: &str, image: &str) -> Result<Mounted<'_>, Ran> {
         let at = tempfile::Builder::new().prefix("mnt-").tempdir_in(self.path()).unwrap().keep();
-        let ran = run(self.loris("mount").arg(image).arg(&at));
+        let ran = run(self.loris(verb).arg(image).arg(&at));
         if ran.status.success() { Ok(Mounted { place: self, at }) } else { Err(ran) }
     }
 

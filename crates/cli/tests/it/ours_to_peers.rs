@@ -16,6 +16,7 @@ use crate::{
     harness::{Place, have, ok, peer, run},
     image::{self, GREETING},
     layout::{self, TOC_DIGEST},
+    podman::podman,
 };
 
 /// Files that eStargz adds to a layer.
@@ -117,12 +118,7 @@ fn podman_runs_it() {
     let _alone = crate::harness::containers();
     let place = Place::new();
     let podman = |image: &str| {
-        let mut command = place.command(loris_testkit::peer("podman").unwrap());
-        for (option, name) in [("--root", "root"), ("--runroot", "run"), ("--tmpdir", "libpod")] {
-            command.arg(option).arg(place.make("podman").join(name));
-        }
-        // A machine's own limits may be lower than what Podman asks for, and systemd may not be there.
-        command.args(["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend", "file"]);
+        let mut command = podman(&place);
         command.args(["--runtime", "runc", "run", "--rm", "--network", "none"]);
         command.args(["--ulimit", "nofile=1024:1024", "--ulimit", "nproc=1024:1024", "--log-driver", "none"]);
         run(command.arg(image))

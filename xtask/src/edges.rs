@@ -18,6 +18,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
         &["loris-serve", "loris-container", "loris-convert", "loris-mount", "loris-lazy", "loris-oci", "loris-format"],
     ),
     ("loris-testkit", &[]),
+    ("loris-benches", &["loris-format"]),
     ("xtask", &[]),
 ];
 

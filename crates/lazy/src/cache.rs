@@ -242,9 +242,19 @@ impl LayerCache {
                 "the data file was cut; what is gone will be fetched again");
             self.complete.send_replace(false);
             self.filled.forget(index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))))?;
-            self.data.set_len(self.data_length)?;
+            lengthen(&self.data, self.data_length)?;
         }
         Ok(())
+    }
+}
+
+/// Makes a file longer, with a hole. Not by `ftruncate`, for which the kernel asks whoever watches the file (a pager of
+/// this process, which would wait for itself) even where the descriptor is older than the watch.
+fn lengthen(file: &File, length: u64) -> io::Result<()> {
+    let Some(last) = length.checked_sub(1) else { return Ok(()) };
+    match rustix::fs::fallocate(file, rustix::fs::FallocateFlags::empty(), last, 1) {
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(length),
+        result => Ok(result?),
     }
 }
 

@@ -222,8 +222,8 @@ impl LazyLayer {
     ///
     /// # Errors
     /// Where the file can't be looked at or repaired.
-    pub fn check_length(&self) -> io::Result<()> {
-        self.cache.check_length(&self.index)
+    pub fn check_length(&self) -> Result<(), EnsureError> {
+        self.cache.check_length(&self.index).map_err(|error| self.file_error(error))
     }
 
     /// Returns the files that hold the layer's place in the store while its process is away: the data file, and the lock

@@ -22,9 +22,12 @@ pub mod erofs;
 mod error;
 mod fsopen;
 pub mod fuse;
+pub mod keeper;
 pub mod mounts;
 pub mod overlay;
+pub mod pager;
 pub mod probe;
+pub mod register;
 pub mod rootfs;
 pub mod unpack;
 

@@ -1,0 +1,228 @@
+//! The keeper: a tiny second process, so that mounts fail closed.
+//!
+//! A pager's fanotify group must never be without a holder while a mount needs it: the kernel would let readers through,
+//! and holes read as zeros. So the keeper holds the group too, and the journal, the data files and the register of
+//! mounts. The *daemon* (the process with the pager) and its keeper watch each other over a socket:
+//!
+//! | who is killed | what happens |
+//! |---|---|
+//! | the daemon, [`OnDeath::Restart`] | readers wait; the keeper starts a successor, which [inherits](Keeper::inherit) all of it |
+//! | the daemon, [`OnDeath::Clean`] | the keeper refuses reads (`EIO`), takes the mounts down, and ends when they are gone |
+//! | the keeper | the daemon starts another one |
+//! | both in the same instant | the next pager finds their register unlocked and takes the mounts down ([`crate::register`]) |
+//!
+//! A successor always starts a keeper of its own and then dismisses the one that started it. So the keeper is as new as
+//! the daemon: the binary is upgraded by ending the daemon without unmounting.
+//!
+//! Which keeper is in charge stands in the journal (its *generation*): of two that see the same daemon die, one acts.
+//!
+//! What this module must not know: what is mounted, what events mean beyond refusing them.
+
+use std::{
+    collections::HashMap,
+    ffi::OsString,
+    fs::File,
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::PathBuf,
+    process::{Child, Command, Stdio},
+    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, poll},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
+
+use crate::pager::{Inherited, OnDeath, PagerError, PagerOptions, journal::Journal};
+
+mod message;
+mod process;
+
+use message::{Kind, Message};
+
+/// The hidden verb of the binary under which it is the keeper.
+pub const VERB: &str = "mount-keeper";
+/// Set for a successor, whose standard input is the keeper's socket.
+pub const INHERIT: &str = "LORIS_INHERIT_MOUNTS";
+
+pub use process::main;
+
+/// What a keeper keeps beside files.
+pub(crate) struct Kept<'a> {
+    pub(crate) group: BorrowedFd<'a>,
+    pub(crate) journal: &'a Journal,
+    pub(crate) inotify: BorrowedFd<'a>,
+    pub(crate) register: BorrowedFd<'a>,
+}
+
+/// The daemon's end.
+#[derive(Debug)]
+pub struct Keeper {
+    link: Mutex<Link>,
+    on_death: OnDeath,
+    program: PathBuf,
+}
+
+#[derive(Debug)]
+struct Link {
+    socket: OwnedFd,
+    child: Child,
+}
+
+impl Keeper {
+    /// Starts a keeper and hands everything over. On return it is in charge.
+    pub(crate) fn start(
+        kept: &Kept<'_>,
+        files: Vec<(u64, [File; 2])>,
+        options: &PagerOptions,
+    ) -> Result<Self, PagerError> {
+        let program = match &options.keeper {
+            Some(program) => program.clone(),
+            // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
+            None => program_on_disk(std::env::current_exe().map_err(PagerError::Keeper)?),
+        };
+        let link = Link::start(&program, &options.on_death, kept, files).map_err(PagerError::Keeper)?;
+        Ok(Self { link: Mutex::new(link), on_death: options.on_death.clone(), program })
+    }
+
+    /// Starts another one in the place of one that was killed.
+    pub(crate) fn replace(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
+        let mut link = self.link();
+        let _ = link.child.wait();
+        *link = Link::start(&self.program, &self.on_death, kept, files)?;
+        Ok(())
+    }
+
+    /// Hands a layer's files over.
+    pub(crate) fn keep(&self, key: u64, [data, lock]: [&File; 2]) -> io::Result<()> {
+        self.tell(&Message { kind: Kind::Keep, number: key }, &[data.as_fd(), lock.as_fd()])
+    }
+
+    /// A layer's files need not be kept any more.
+    pub(crate) fn forget(&self, key: u64) {
+        let _ = self.tell(&Message { kind: Kind::Forget, number: key }, &[]);
+    }
+
+    /// Ends the keeper, or lets it refuse all reads where mounts are still in use.
+    pub(crate) fn leave(&self, mounts_are_up: bool) {
+        let kind = if mounts_are_up { Kind::Refuse } else { Kind::Dismiss };
+        let _ = self.tell(&Message { kind, number: 0 }, &[]);
+        if !mounts_are_up {
+            let _ = self.link().child.wait();
+        }
+    }
+
+    /// A keeper that was killed loses what it is sent; its successor is given everything.
+    fn tell(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+        match message.send(&self.link().socket, descriptors) {
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            result => result,
+        }
+    }
+
+    /// Waits until the keeper was killed: `true`; or until `stop` is readable: `false`.
+    pub(crate) fn wait_for_death(&self, stop: &OwnedFd) -> bool {
+        let Ok(socket) = self.link().socket.try_clone() else { return true };
+        loop {
+            // The keeper says nothing unasked: whatever happens on its socket is the end.
+            let mut wanted = [PollFd::new(&socket, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+            if poll(&mut wanted, None).is_ok() {
+                return wanted[1].revents().is_empty();
+            }
+        }
+    }
+
+    /// Takes over from a daemon that was killed, where this process was started as its successor. Must come before
+    /// files are opened that are to be closed again. The standard input is replaced by nothing.
+    ///
+    /// # Errors
+    /// Where the keeper is gone too, or of another version.
+    pub fn inherit() -> io::Result<Option<Inherited>> {
+        if std::env::var_os(INHERIT).is_none() {
+            return Ok(None);
+        }
+        let keeper = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
+        rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
+        Message { kind: Kind::Resume, number: u64::from(message::VERSION) }.send(&keeper, &[])?;
+        let mut files = HashMap::new();
+        let mut state = None;
+        loop {
+            let (message, descriptors) = Message::receive(&keeper)?;
+            match message.kind {
+                Kind::State => state = <[OwnedFd; 4]>::try_from(descriptors).ok(),
+                Kind::Keep => {
+                    let [data, lock] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| message::garbled())?;
+                    files.insert(message.number, [data.into(), lock.into()]);
+                }
+                Kind::End => break,
+                _ => return Err(message::garbled()),
+            }
+        }
+        Inherited::new(state.ok_or_else(message::garbled)?, files, keeper).map(Some)
+    }
+
+    fn link(&self) -> MutexGuard<'_, Link> {
+        self.link.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Tells a keeper that its daemon has a new one.
+pub(crate) fn dismiss(keeper: &OwnedFd) {
+    let _ = Message { kind: Kind::Dismiss, number: 0 }.send(keeper, &[]);
+}
+
+impl Link {
+    fn start(program: &PathBuf, on_death: &OnDeath, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<Self> {
+        let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        let (mode, command): (&str, &[OsString]) = match on_death {
+            OnDeath::Restart(command) => (process::RESTART, command),
+            OnDeath::Clean(command) => (process::CLEAN, command),
+        };
+        let child = Command::new(program)
+            .arg(VERB)
+            .arg(mode)
+            .arg("--")
+            .args(command)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        let link = Self { socket: ours, child };
+        match link.hand_over(kept, files) {
+            Ok(()) => Ok(link),
+            Err(error) => {
+                // It ends by itself when its socket is closed: it is not in charge.
+                let Self { socket, mut child } = link;
+                drop(socket);
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
+    fn hand_over(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
+        let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
+        let state = [kept.group, kept.journal.memory(), kept.inotify, kept.register];
+        Message { kind: Kind::State, number: u64::from(generation) }.send(&self.socket, &state)?;
+        for (key, [data, lock]) in files {
+            Message { kind: Kind::Keep, number: key }.send(&self.socket, &[data.as_fd(), lock.as_fd()])?;
+        }
+        Message { kind: Kind::End, number: 0 }.send(&self.socket, &[])?;
+        let (answer, _) = Message::receive(&self.socket)?;
+        if answer.kind != Kind::End {
+            return Err(message::garbled());
+        }
+        // From here on it is in charge, and its predecessor is not.
+        kept.journal.generation().store(generation, Ordering::Release);
+        Ok(())
+    }
+}
+
+/// Returns the path of a program that may have been replaced: the kernel marks the name of one that was.
+fn program_on_disk(program: PathBuf) -> PathBuf {
+    use std::os::unix::ffi::OsStrExt as _;
+    match program.as_os_str().as_bytes().strip_suffix(b" (deleted)") {
+        Some(path) => PathBuf::from(std::ffi::OsStr::from_bytes(path)),
+        None => program,
+    }
+}

@@ -1,0 +1,478 @@
+//! Fills data files as the kernel reads them: fanotify's pre-content events.
+//!
+//! EROFS reads a file's content from the layer's data file. The data file is *marked*: before the kernel reads it, it
+//! asks us, and the reader waits until we have answered.
+//!
+//! ```text
+//!  reader ──▶ EROFS ──▶ data file, marked ──▶ event ──▶ journal slot ──┬─▶ filled: allow, at once
+//!                                                                       └─▶ else: a task, ensure, allow or deny
+//! ```
+//!
+//! A data file is marked *before* it is mounted, since the kernel decides when it opens the file; a layer that is
+//! complete is not marked (or not any more), and nothing of ours is on the way of its reads.
+//!
+//! **It fails closed.** If the last holder of the group's descriptor goes, the kernel lets readers through, and holes
+//! read as zeros. So a second process, the [keeper](crate::keeper), holds the group, the data files and the
+//! *journal*, into which the kernel writes events; when this process is killed, readers wait, a successor finds
+//! what was unanswered and goes on. For the same reason a mark is removed only when its file is complete, or when the
+//! kernel has said that every mount which reads it is gone ([`Watch`]).
+//!
+//! What this module must not know: EROFS, where bytes come from, images.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::JoinHandle,
+    time::Duration,
+};
+
+use loris_lazy::LazyLayer;
+use rustix::{
+    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    io::Errno,
+    process::{Resource, Rlimit},
+};
+use tokio::runtime::Handle;
+
+use crate::{keeper::Keeper, register::Register};
+
+mod answering;
+mod error;
+pub mod event;
+mod files;
+pub mod group;
+pub(crate) mod journal;
+mod slots;
+mod watch;
+
+pub use error::PagerError;
+pub use watch::Watch;
+
+use files::Files;
+use group::Group;
+use journal::Journal;
+use slots::Slots;
+use watch::Mounts;
+
+/// Most events that are unanswered at a time; the readers of more of them wait in the kernel's queue. Each takes 128
+/// bytes of locked memory and a descriptor.
+const SLOTS: u32 = 4096;
+/// Descriptors that are left for everything else.
+const SPARE_DESCRIPTORS: u64 = 512;
+/// Threads that read events. An event of filled content costs each some microseconds.
+const MOST_READERS: usize = 4;
+
+/// How to run a pager.
+#[derive(Clone, Debug)]
+pub struct PagerOptions {
+    /// How long a reader waits for content that cannot be had at the moment, before it gets `EIO`.
+    pub patience: Duration,
+    /// Where it is noted which mounts this machine has; one folder for all pagers.
+    pub register: PathBuf,
+    /// What the keeper does when this process is killed.
+    pub on_death: OnDeath,
+    /// The program that is the keeper when it is called with [`crate::keeper::VERB`]; `None` for this one.
+    pub keeper: Option<PathBuf>,
+}
+
+/// What a keeper does when its daemon is killed.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum OnDeath {
+    /// It starts a successor: a program and its arguments. The successor calls [`Keeper::inherit`] and
+    /// [`Pager::resume`].
+    Restart(Vec<std::ffi::OsString>),
+    /// It refuses all reads, and runs a program with its arguments that takes the mounts down.
+    Clean(Vec<std::ffi::OsString>),
+}
+
+/// A pager: threads of this process that answer the kernel. See the module's documentation.
+#[derive(Debug)]
+pub struct Pager {
+    inner: Arc<Inner>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    group: Group,
+    journal: Journal,
+    slots: Slots,
+    files: Files,
+    mounts: Mounts,
+    keeper: Keeper,
+    register: Mutex<Register>,
+    runtime: Handle,
+    patience: Duration,
+    /// Readable when the threads are to end.
+    stop: OwnedFd,
+    stopping: AtomicBool,
+}
+
+/// What a keeper kept of a pager that was killed.
+#[derive(Debug)]
+pub struct Inherited {
+    group: OwnedFd,
+    journal: Journal,
+    inotify: OwnedFd,
+    register: OwnedFd,
+    /// Data file and lock of each layer, by its key.
+    files: HashMap<u64, [File; 2]>,
+    keeper: OwnedFd,
+    left: Vec<slots::Left>,
+}
+
+impl Inherited {
+    /// Takes what a keeper sent: the group, the journal, the watched mounts, the register; then files.
+    ///
+    /// # Errors
+    /// Where the journal is not one of this version, or descriptors run out.
+    pub(crate) fn new(
+        [group, journal, inotify, register]: [OwnedFd; 4],
+        files: HashMap<u64, [File; 2]>,
+        keeper: OwnedFd,
+    ) -> io::Result<Self> {
+        raise_descriptor_limit();
+        let journal = Journal::attach(journal)?;
+        // The numbers of unanswered events must stay taken until they are answered. What was just received and is
+        // closed earlier is moved above all of them.
+        let above =
+            slots::unanswered(&journal).iter().map(|(_, event)| event.descriptor).max().map_or(3, |most| most + 1);
+        let moved = |descriptor: OwnedFd| rustix::io::fcntl_dupfd_cloexec(&descriptor, above).map_err(io::Error::from);
+        let files = files
+            .into_iter()
+            .map(|(key, [data, lock])| Ok((key, [moved(data.into())?.into(), moved(lock.into())?.into()])))
+            .collect::<io::Result<_>>()?;
+        let (group, inotify, register, keeper) = (moved(group)?, moved(inotify)?, moved(register)?, moved(keeper)?);
+        let left = slots::left_behind(&journal)?;
+        Ok(Self { group, journal, inotify, register, files, keeper, left })
+    }
+
+    /// Returns the data files, to be [adopted](loris_lazy::Store::adopt) before the layers are opened.
+    ///
+    /// # Errors
+    /// Where there are too many open files.
+    pub fn data_files(&self) -> io::Result<Vec<File>> {
+        self.files.values().map(|[data, _]| data.try_clone()).collect()
+    }
+
+    /// Returns the register, whose name names what was mounted.
+    #[must_use]
+    pub fn register(&self) -> BorrowedFd<'_> {
+        self.register.as_fd()
+    }
+
+    /// Says whether any mount was up when the pager was killed. Where none is, there is nothing to go on with.
+    #[must_use]
+    pub fn has_mounts(&self) -> bool {
+        self.journal.mounts().any(|mount| mount.load(Ordering::Acquire) != 0)
+    }
+}
+
+impl Pager {
+    /// Starts a pager with a keeper of its own. Missing content is fetched on `runtime`.
+    ///
+    /// # Errors
+    /// See [`PagerError`]: nothing is left running then.
+    pub fn start(options: &PagerOptions, runtime: &Handle) -> Result<Self, PagerError> {
+        let descriptors = raise_descriptor_limit();
+        let slots = u32::try_from(descriptors.saturating_sub(SPARE_DESCRIPTORS)).unwrap_or(SLOTS).clamp(16, SLOTS);
+        let group = Group::new().map_err(PagerError::Group)?;
+        let journal = Journal::create(slots).map_err(PagerError::Journal)?;
+        let mounts = Mounts::new(&journal).map_err(PagerError::Inotify)?;
+        let register = Register::create(&options.register)?;
+        Self::run(Parts { group, journal, mounts, register, files: Files::default() }, Vec::new(), options, runtime)
+    }
+
+    /// Goes on where a killed pager was: with its group, its marks, and its unanswered events.
+    ///
+    /// `layers` are those that it served. What readers ask of files that are not among them is refused.
+    ///
+    /// # Errors
+    /// See [`PagerError`]. The old keeper stays as it is then, and starts another successor when this process ends.
+    pub fn resume(
+        inherited: Inherited,
+        layers: &[Arc<LazyLayer>],
+        options: &PagerOptions,
+        runtime: &Handle,
+    ) -> Result<Self, PagerError> {
+        let Inherited { group, journal, inotify, register, files, keeper, left } = inherited;
+        let group = Group::from_descriptor(group);
+        let mounts = Mounts::attach(inotify, &journal);
+        let register = Register::attach(&options.register, register)?;
+        let files = Files::inherited(files, layers).map_err(PagerError::DataFile)?;
+        let pager = Self::run(Parts { group, journal, mounts, register, files }, left, options, runtime)?;
+        // Only now does the old keeper know of nobody to care for.
+        crate::keeper::dismiss(&keeper);
+        Ok(pager)
+    }
+
+    fn run(parts: Parts, left: Vec<slots::Left>, options: &PagerOptions, runtime: &Handle) -> Result<Self, PagerError> {
+        let Parts { group, journal, mounts, register, files } = parts;
+        let kept = crate::keeper::Kept {
+            group: group.as_fd(),
+            journal: &journal,
+            inotify: mounts.descriptor(),
+            register: register.descriptor(),
+        };
+        let keeper = Keeper::start(&kept, files.kept(), options)?;
+        let stop =
+            eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| PagerError::Threads(e.into()))?;
+        let occupied: Vec<u32> = left.iter().map(|left| left.slot).collect();
+        let inner = Arc::new(Inner {
+            slots: Slots::new(journal.slots(), &occupied),
+            group,
+            journal,
+            files,
+            mounts,
+            keeper,
+            register: Mutex::new(register),
+            runtime: runtime.clone(),
+            patience: options.patience,
+            stop,
+            stopping: AtomicBool::new(false),
+        });
+        let mut pager = Self { inner: Arc::clone(&inner), threads: Vec::new() };
+        for left in left {
+            answering::take_up(&inner, left);
+        }
+        for number in 0..std::thread::available_parallelism().map_or(1, usize::from).clamp(2, MOST_READERS) {
+            pager.spawn(&format!("loris-pager-{number}"), Inner::read_events)?;
+        }
+        pager.spawn("loris-mounts", Inner::read_mounts)?;
+        pager.spawn("loris-keeping", Inner::keep_keeper)?;
+        for layer in inner.files.layers() {
+            inner.unmark_when_complete(&layer);
+        }
+        Ok(pager)
+    }
+
+    fn spawn(&mut self, name: &str, body: fn(&Arc<Inner>)) -> Result<(), PagerError> {
+        let inner = Arc::clone(&self.inner);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&inner));
+        self.threads.push(thread.map_err(PagerError::Threads)?);
+        Ok(())
+    }
+
+    /// Returns the register of this pager's mounts, which names them where both processes are killed.
+    #[must_use]
+    pub fn register(&self) -> PathBuf {
+        self.inner.register().path().to_owned()
+    }
+
+    /// Marks the data files of layers, so that they can be mounted. Blocks for some system calls.
+    ///
+    /// # Errors
+    /// See [`PagerError`]: nothing is marked then that was not before.
+    pub fn watch(&self, layers: &[Arc<LazyLayer>]) -> Result<Watch, PagerError> {
+        let mut watch = Watch::new(Arc::clone(&self.inner));
+        for layer in layers {
+            watch.add(layer)?;
+        }
+        Ok(watch)
+    }
+}
+
+impl Drop for Pager {
+    fn drop(&mut self) {
+        self.inner.stopping.store(true, Ordering::SeqCst);
+        // While mounts of ours are in use somewhere, the keeper refuses their reads: they must not read zeros.
+        let are_up = self.inner.mounts.are_up(&self.inner.journal);
+        self.inner.keeper.leave(are_up);
+        if !are_up {
+            self.inner.register().remove();
+        }
+        let _ = rustix::io::write(&self.inner.stop, &1_u64.to_ne_bytes());
+        self.inner.slots.stop();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a pager is made of, new or inherited.
+struct Parts {
+    group: Group,
+    journal: Journal,
+    mounts: Mounts,
+    register: Register,
+    files: Files,
+}
+
+impl Inner {
+    /// Is a thread that reads events and answers those that need no waiting.
+    fn read_events(self: &Arc<Self>) {
+        while let Some(slot) = self.slots.claim() {
+            match self.journal.read_event(slot, &self.group) {
+                Ok(_) => answering::answer(self, slot),
+                Err(error) => {
+                    self.slots.give_back(slot);
+                    if !self.wait_for_events(&error) {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits until there may be something to read; `false` when there is nothing more to do.
+    fn wait_for_events(&self, error: &io::Error) -> bool {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => {
+                let mut wanted = [PollFd::new(&self.group, PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+                let _ = poll(&mut wanted, None);
+            }
+            Some(libc::EINTR) => {}
+            _ => {
+                // No descriptor is left, or no memory. The kernel has refused that reader; it may try again.
+                tracing::error!(%error, "a reader was refused, since its event could not be read");
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+        !self.stopping.load(Ordering::SeqCst)
+    }
+
+    /// Is the thread that hears of mounts that are gone.
+    fn read_mounts(self: &Arc<Self>) {
+        loop {
+            let mut wanted = [PollFd::new(self.mounts.source(), PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+            let _ = poll(&mut wanted, None);
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            let files = self.mounts.take_gone(&self.journal);
+            self.release(&files);
+        }
+    }
+
+    /// Is the thread that starts a new keeper where the old one was killed.
+    fn keep_keeper(self: &Arc<Self>) {
+        while self.keeper.wait_for_death(&self.stop) {
+            if self.stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            tracing::warn!("the keeper of mounts was killed; another one is started");
+            let register = self.register();
+            let kept = crate::keeper::Kept {
+                group: self.group.as_fd(),
+                journal: &self.journal,
+                inotify: self.mounts.descriptor(),
+                register: register.descriptor(),
+            };
+            if let Err(error) = self.keeper.replace(&kept, self.files.kept()) {
+                tracing::error!(%error, "mounts have no keeper: if this process is killed now, they read zeros");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+
+    /// Marks a layer's data file, unless it is complete or marked already.
+    fn mark(self: &Arc<Self>, layer: &Arc<LazyLayer>) -> Result<files::FileId, PagerError> {
+        let id = self.files.add(layer).map_err(PagerError::DataFile)?;
+        if layer.is_complete() {
+            // A process before this one may have been killed between the two.
+            self.unmark(layer);
+            return Ok(id);
+        }
+        // Again also where it is marked: a process before this one may have been killed before it came to it.
+        let marked = self
+            .keeper
+            .keep(id.key, layer.kept_files())
+            .map_err(PagerError::Keeper)
+            .and_then(|()| self.group.mark(layer.data_file()).map_err(|source| PagerError::mark(layer, source)));
+        if let Err(error) = marked {
+            self.release(&[id]);
+            return Err(error);
+        }
+        self.unmark_when_complete(layer);
+        Ok(id)
+    }
+
+    /// Sees to it that a layer's mark goes when the layer is complete: its reads concern nobody any more then.
+    fn unmark_when_complete(self: &Arc<Self>, layer: &Arc<LazyLayer>) {
+        let (pager, layer) = (Arc::downgrade(self), Arc::downgrade(layer));
+        self.runtime.spawn(async move {
+            let completed = async {
+                let Some(layer) = layer.upgrade() else { return };
+                layer.completed().await;
+            };
+            completed.await;
+            if let (Some(pager), Some(layer)) = (pager.upgrade(), layer.upgrade()) {
+                pager.unmark(&layer);
+            }
+        });
+    }
+
+    fn unmark(&self, layer: &LazyLayer) {
+        if let Err(error) = self.group.unmark(layer.data_file()) {
+            tracing::warn!(layer = %layer.digest(), %error, "a complete layer stays marked, which costs time");
+            return;
+        }
+        if let Some(key) = self.files.key_of(layer) {
+            self.keeper.forget(key);
+        }
+    }
+
+    /// Gives up files that no mount reads any more.
+    fn release(&self, files: &[files::FileId]) {
+        for id in files {
+            let Some(layer) = self.files.remove(*id) else { continue };
+            if let Err(error) = self.group.unmark(layer.data_file()) {
+                tracing::warn!(layer = %layer.digest(), %error, "a layer stays marked");
+            }
+            self.keeper.forget(id.key);
+        }
+    }
+
+    fn register(&self) -> MutexGuard<'_, Register> {
+        self.register.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets this process have as many descriptors as it may, since each unanswered event is one, and returns how many.
+fn raise_descriptor_limit() -> u64 {
+    let limit = rustix::process::getrlimit(Resource::Nofile);
+    let wanted = u64::from(SLOTS) + 4 * SPARE_DESCRIPTORS;
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return limit.current.unwrap_or(u64::MAX);
+    }
+    let raised = limit.maximum.map_or(wanted, |maximum| maximum.min(wanted));
+    match rustix::process::setrlimit(Resource::Nofile, Rlimit { current: Some(raised), maximum: limit.maximum }) {
+        Ok(()) => raised,
+        Err(_) => limit.current.unwrap_or(raised),
+    }
+}
+
+/// What a file is known by on this machine: device and inode number.
+fn identity(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// Takes ownership of the descriptor that the kernel has opened for an event.
+///
+/// Must be called once for each event, by the process that read it.
+fn event_file(descriptor: i32) -> Option<OwnedFd> {
+    if descriptor < 0 {
+        return None;
+    }
+    // SAFETY: the kernel opened it for this process when the event was read, and nobody else knows of it.
+    Some(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}
+
+/// What a reader is told where content cannot be had.
+fn errno(error: &loris_lazy::EnsureError) -> Errno {
+    match error {
+        loris_lazy::EnsureError::NoSpace { .. } => Errno::NOSPC,
+        _ => Errno::IO,
+    }
+}

@@ -1,0 +1,175 @@
+//! The data files that are watched, and whose they are.
+
+use std::{
+    collections::{HashMap, HashSet},
+    fs::File,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use loris_format::position::DataRange;
+use loris_lazy::{EnsureError, LazyLayer};
+
+use super::identity;
+
+/// Most files whose failures are logged.
+const MAX_COMPLAINTS: usize = 1000;
+
+/// A watched file, as whoever watches it holds it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct FileId {
+    /// Its name in the journal and at the keeper; never 0, never used twice.
+    pub(super) key: u64,
+    identity: (u64, u64),
+}
+
+/// Who can fill a file.
+#[derive(Clone, Debug)]
+pub(super) enum Watched {
+    /// The layer.
+    Layer(Arc<LazyLayer>),
+    /// Nobody: it was watched by an earlier process, and this one has not opened its layer.
+    Orphan,
+}
+
+/// All watched files.
+#[derive(Debug, Default)]
+pub(super) struct Files {
+    inner: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    by_identity: HashMap<(u64, u64), Entry>,
+    by_key: HashMap<u64, (u64, u64)>,
+    last_key: u64,
+    complained: HashSet<(u64, u64)>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    key: u64,
+    watched: Watched,
+    /// How many watches there are.
+    uses: usize,
+    /// The descriptors of an orphan, which nobody else holds here.
+    kept: Option<[File; 2]>,
+}
+
+impl Files {
+    /// Takes over the files of an earlier process. All of them are marked.
+    pub(super) fn inherited(files: HashMap<u64, [File; 2]>, layers: &[Arc<LazyLayer>]) -> io::Result<Self> {
+        let mut opened = HashMap::new();
+        for layer in layers {
+            opened.insert(identity(layer.data_file())?, layer);
+        }
+        let mut table = Table::default();
+        for (key, kept) in files {
+            let identity = identity(&kept[0])?;
+            let entry = match opened.get(&identity) {
+                Some(&layer) => Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 0, kept: None },
+                None => Entry { key, watched: Watched::Orphan, uses: 1, kept: Some(kept) },
+            };
+            table.last_key = table.last_key.max(key);
+            table.by_key.insert(key, identity);
+            table.by_identity.insert(identity, entry);
+        }
+        Ok(Self { inner: Mutex::new(table) })
+    }
+
+    /// Adds a use of a layer's file.
+    pub(super) fn add(&self, layer: &Arc<LazyLayer>) -> io::Result<FileId> {
+        let identity = identity(layer.data_file())?;
+        let mut table = self.lock();
+        if let Some(entry) = table.by_identity.get_mut(&identity) {
+            entry.uses += 1;
+            entry.watched = Watched::Layer(Arc::clone(layer));
+            return Ok(FileId { key: entry.key, identity });
+        }
+        table.last_key += 1;
+        let key = table.last_key;
+        table.by_key.insert(key, identity);
+        let entry = Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None };
+        table.by_identity.insert(identity, entry);
+        Ok(FileId { key, identity })
+    }
+
+    /// Takes a use away; returns the layer where it was the last one.
+    pub(super) fn remove(&self, id: FileId) -> Option<Arc<LazyLayer>> {
+        let mut table = self.lock();
+        let entry = table.by_identity.get_mut(&id.identity)?;
+        entry.uses = entry.uses.saturating_sub(1);
+        if entry.uses > 0 {
+            return None;
+        }
+        let entry = table.by_identity.remove(&id.identity)?;
+        table.by_key.remove(&entry.key);
+        table.complained.remove(&id.identity);
+        match entry.watched {
+            Watched::Layer(layer) => Some(layer),
+            Watched::Orphan => None,
+        }
+    }
+
+    /// Returns the file with an identity.
+    pub(super) fn find(&self, identity: (u64, u64)) -> Option<(u64, Watched)> {
+        let table = self.lock();
+        let entry = table.by_identity.get(&identity)?;
+        Some((entry.key, entry.watched.clone()))
+    }
+
+    /// Returns the file with a key.
+    pub(super) fn by_key(&self, key: u64) -> Option<Watched> {
+        let table = self.lock();
+        let identity = table.by_key.get(&key)?;
+        Some(table.by_identity.get(identity)?.watched.clone())
+    }
+
+    /// Returns all files.
+    pub(super) fn all(&self) -> Vec<Watched> {
+        self.lock().by_identity.values().map(|entry| entry.watched.clone()).collect()
+    }
+
+    /// Returns all layers.
+    pub(super) fn layers(&self) -> Vec<Arc<LazyLayer>> {
+        let layer = |watched| match watched {
+            Watched::Layer(layer) => Some(layer),
+            Watched::Orphan => None,
+        };
+        self.all().into_iter().filter_map(layer).collect()
+    }
+
+    /// Returns a layer's key.
+    pub(super) fn key_of(&self, layer: &LazyLayer) -> Option<u64> {
+        let identity = identity(layer.data_file()).ok()?;
+        self.find(identity).map(|(key, _)| key)
+    }
+
+    /// Returns what a keeper has to keep: data file and lock of all that is not complete.
+    pub(super) fn kept(&self) -> Vec<(u64, [File; 2])> {
+        let table = self.lock();
+        let clone = |[data, lock]: [&File; 2]| Some([data.try_clone().ok()?, lock.try_clone().ok()?]);
+        let kept = |entry: &Entry| match (&entry.watched, &entry.kept) {
+            (Watched::Layer(layer), _) if layer.is_complete() => None,
+            (Watched::Layer(layer), _) => Some((entry.key, clone(layer.kept_files())?)),
+            (Watched::Orphan, Some([data, lock])) => Some((entry.key, clone([data, lock])?)),
+            (Watched::Orphan, None) => None,
+        };
+        table.by_identity.values().filter_map(kept).collect()
+    }
+
+    /// Logs why a range cannot be read: once a layer, since programs try again and again.
+    pub(super) fn complain(&self, layer: &LazyLayer, range: DataRange, error: &EnsureError) {
+        let Ok(identity) = identity(layer.data_file()) else { return };
+        let mut table = self.lock();
+        if table.complained.len() < MAX_COMPLAINTS && table.complained.insert(identity) {
+            drop(table);
+            tracing::error!(layer = %layer.digest(), offset = range.start.0, %error, "a read failed");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // Each change is complete before the lock is given up.
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

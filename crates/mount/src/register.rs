@@ -1,0 +1,273 @@
+//! Which mounts a process has up, for those who come after it was killed.
+//!
+//! Each pager has a file in one folder, locked (`flock`) by it and by its keeper together. A file that nobody locks
+//! belongs to a pager that was killed together with its keeper: its mounts read zeros where nothing was filled, and must
+//! be taken down before anybody reads from them again ([`sweep`]).
+//!
+//! | bytes | content |
+//! |---|---|
+//! | first line | `loris mounts 1` |
+//! | then | the mount points, each ended by a NUL |
+
+use std::{
+    ffi::OsStr,
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom, Write as _},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{
+            ffi::OsStrExt,
+            fs::{DirBuilderExt, FileExt as _},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FlockOperation, flock},
+    io::Errno,
+};
+
+use crate::rootfs;
+
+const VERSION: &[u8] = b"loris mounts 1\n";
+/// How the names of files begin that are not locked yet.
+const NEW: &str = ".new-";
+const SUFFIX: &str = ".mounts";
+/// More is not read: nobody has so many mounts.
+const MOST_BYTES: u64 = 4 << 20;
+
+/// The register cannot be read or written.
+#[derive(Debug, thiserror::Error)]
+#[error("register of mounts {}: {source}", path.display())]
+pub struct RegisterError {
+    /// The file or folder.
+    pub path: PathBuf,
+    /// Why not.
+    pub source: io::Error,
+}
+
+impl RegisterError {
+    fn at(path: &Path) -> impl Fn(io::Error) -> Self {
+        move |source| Self { path: path.to_owned(), source }
+    }
+}
+
+/// The register of one pager.
+#[derive(Debug)]
+pub(crate) struct Register {
+    path: PathBuf,
+    file: File,
+}
+
+impl Register {
+    /// Makes a register in a folder, which is made too.
+    pub(crate) fn create(folder: &Path) -> Result<Self, RegisterError> {
+        let make = || {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(folder)?;
+            let mut new = tempfile::Builder::new().prefix(NEW).tempfile_in(folder)?;
+            new.write_all(VERSION)?;
+            // Locked before it has its name, so that nobody takes it for a dead one's.
+            flock(new.as_file(), FlockOperation::NonBlockingLockExclusive)?;
+            let name = new.path().file_name().and_then(OsStr::to_str).unwrap_or_default().trim_start_matches(NEW);
+            let path = folder.join(format!("{}-{name}{SUFFIX}", std::process::id()));
+            let file = new.persist_noclobber(&path).map_err(|error| error.error)?;
+            Ok(Self { path, file })
+        };
+        make().map_err(RegisterError::at(folder))
+    }
+
+    /// Takes over the register of an earlier process, with its lock.
+    pub(crate) fn attach(folder: &Path, register: OwnedFd) -> Result<Self, RegisterError> {
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", register.as_raw_fd()));
+        let path = path.map_err(RegisterError::at(folder))?;
+        Ok(Self { path, file: register.into() })
+    }
+
+    pub(crate) fn descriptor(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Notes a mount. The one who is killed in the middle of it leaves a name that is cut off, which is passed over.
+    pub(crate) fn add(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+        let mut line = mountpoint.as_os_str().as_bytes().to_vec();
+        line.push(0);
+        let mut write = || {
+            let known = self.mountpoints()?;
+            if known.iter().any(|known| known == mountpoint) {
+                return Ok(());
+            }
+            self.file.seek(SeekFrom::End(0))?;
+            self.file.write_all(&line)
+        };
+        write().map_err(RegisterError::at(&self.path))
+    }
+
+    /// Takes a mount that is gone out, by writing NULs over its name: who is killed in the middle of it leaves a name that
+    /// nothing is mounted at.
+    pub(crate) fn forget(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+        let mut write = || {
+            let name = mountpoint.as_os_str().as_bytes();
+            let bytes = self.read()?;
+            let mut at = VERSION.len();
+            for part in bytes.get(at..).unwrap_or_default().split(|&byte| byte == 0) {
+                if part == name {
+                    self.file.write_all_at(&vec![0; name.len()], at as u64)?;
+                }
+                at += part.len() + 1;
+            }
+            Ok(())
+        };
+        write().map_err(RegisterError::at(&self.path))
+    }
+
+    fn mountpoints(&mut self) -> io::Result<Vec<PathBuf>> {
+        parse(&self.read()?)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is of another version of loris"))
+    }
+
+    fn read(&mut self) -> io::Result<Vec<u8>> {
+        self.file.rewind()?;
+        let mut bytes = Vec::new();
+        (&self.file).take(MOST_BYTES).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Removes it: nothing is mounted any more.
+    pub(crate) fn remove(&self) {
+        if let Err(error) = std::fs::remove_file(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(file = %self.path.display(), %error, "the register of mounts stays");
+        }
+    }
+}
+
+fn parse(bytes: &[u8]) -> Option<Vec<PathBuf>> {
+    let rest = bytes.strip_prefix(VERSION)?;
+    let end = rest.iter().rposition(|&byte| byte == 0).map_or(0, |last| last + 1);
+    let names = rest[..end].split(|&byte| byte == 0).filter(|name| !name.is_empty());
+    Some(names.map(|name| PathBuf::from(OsStr::from_bytes(name))).collect())
+}
+
+/// What was done about the mounts of pagers that are dead.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Swept {
+    /// Taken down.
+    pub mountpoints: Vec<PathBuf>,
+}
+
+/// Takes down the mounts of all pagers that were killed together with their keeper. Must run before anything is mounted,
+/// so that nobody is served from such a mount.
+///
+/// A register of another version of Loris is left alone.
+///
+/// # Errors
+/// Where the folder cannot be read. What cannot be unmounted is logged and tried again the next time.
+pub fn sweep(folder: &Path) -> Result<Swept, RegisterError> {
+    let mut swept = Swept::default();
+    let entries = match std::fs::read_dir(folder) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(swept),
+        Err(error) => return Err(RegisterError::at(folder)(error)),
+    };
+    for entry in entries {
+        let path = entry.map_err(RegisterError::at(folder))?.path();
+        let is_register = path.as_os_str().as_bytes().ends_with(SUFFIX.as_bytes());
+        let Some(file) = is_register.then(|| File::options().read(true).write(true).open(&path).ok()).flatten() else {
+            continue;
+        };
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) => continue,
+            Err(errno) => return Err(RegisterError::at(&path)(errno.into())),
+            Ok(()) => clean(Register { path, file }, &mut swept)?,
+        }
+    }
+    Ok(swept)
+}
+
+/// Takes down the mounts of one register, whose keeper refuses their reads meanwhile and holds its lock.
+///
+/// # Errors
+/// Where it cannot be read.
+pub fn sweep_one(path: &Path) -> Result<Swept, RegisterError> {
+    let file = File::options().read(true).write(true).open(path).map_err(RegisterError::at(path))?;
+    let mut swept = Swept::default();
+    clean(Register { path: path.to_owned(), file }, &mut swept)?;
+    Ok(swept)
+}
+
+fn clean(mut register: Register, swept: &mut Swept) -> Result<(), RegisterError> {
+    let Ok(mountpoints) = register.mountpoints() else {
+        tracing::warn!(file = %register.path.display(), "the register is not understood, and left alone");
+        return Ok(());
+    };
+    let mut whole = true;
+    for mountpoint in mountpoints {
+        match rootfs::unmount_at(&mountpoint) {
+            Ok(_) => swept.mountpoints.push(mountpoint),
+            Err(crate::MountError::NotOurs { .. }) => {}
+            Err(error) => {
+                whole = false;
+                tracing::error!(%error, "a mount whose server was killed stays; do not read from it");
+            }
+        }
+    }
+    if whole {
+        register.remove();
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn the_dead_are_told_from_the_living() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut living = Register::create(folder.path()).unwrap();
+        living.add(Path::new("/nowhere/at all")).unwrap();
+        living.add(Path::new("/nowhere/at all")).unwrap();
+        living.add(Path::new("/nowhere")).unwrap();
+        assert_eq!(living.mountpoints().unwrap(), [Path::new("/nowhere/at all"), Path::new("/nowhere")]);
+        living.forget(Path::new("/nowhere")).unwrap();
+        assert_eq!(living.mountpoints().unwrap(), [Path::new("/nowhere/at all")]);
+        sweep(folder.path()).unwrap();
+        assert!(living.path().exists());
+
+        // Its keeper holds it too.
+        let keeper = living.file.try_clone().unwrap();
+        let path = living.path().to_owned();
+        drop(living);
+        sweep(folder.path()).unwrap();
+        assert!(path.exists());
+        let attached = Register::attach(folder.path(), keeper.into()).unwrap();
+        assert_eq!(attached.path(), path);
+        drop(attached);
+        assert_eq!(sweep(folder.path()).unwrap(), Swept::default(), "nothing is mounted there");
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_register_of_another_version_is_left_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("1.mounts");
+        std::fs::write(&path, "loris mounts 2\n/\0").unwrap();
+        sweep(folder.path()).unwrap();
+        assert!(path.exists());
+        assert!(sweep(&folder.path().join("missing")).is_ok());
+    }
+
+    #[test]
+    fn names_are_read_whole() {
+        assert_eq!(parse(b"loris mounts 1\n/a\nb\0/c\0/cut").unwrap(), [Path::new("/a\nb"), Path::new("/c")]);
+        assert_eq!(parse(b"loris mounts 1\n").unwrap(), [Path::new(""); 0]);
+        assert_eq!(parse(b"something"), None);
+    }
+}

@@ -10,6 +10,7 @@
 //! - [`compression`]: none, gzip, zstd; whole streams and single frames.
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
 //! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
+//! - [`erofs`]: a tree as an image that the kernel mounts.
 //!
 //! What this crate must not know: networks, disks, mounts, clocks, the environment. Parsers take bytes and return
 //! values; all input is hostile, and every bound stands in [`limits::Limits`].
@@ -17,6 +18,7 @@
 
 pub mod compression;
 pub mod digest;
+pub mod erofs;
 pub mod estargz;
 pub mod index;
 pub mod limits;

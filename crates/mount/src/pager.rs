@@ -52,6 +52,8 @@ pub mod event;
 mod files;
 pub mod group;
 pub(crate) mod journal;
+#[cfg(test)]
+mod model;
 mod slots;
 mod watch;
 

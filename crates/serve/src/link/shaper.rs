@@ -61,7 +61,8 @@ impl Shaper {
         let start = earliest.max(*free_from);
         // A wait beyond what the clock can tell is as good as none that ends.
         *free_from = start.checked_add(time).unwrap_or(start);
-        *free_from
+        // What came only now leaves no earlier, also on credit.
+        if waiting_since.is_some() { *free_from } else { (*free_from).max(now) }
     }
 
     /// Returns how many bytes have been put in line.
@@ -95,7 +96,9 @@ mod tests {
         assert_eq!(shaper.reserve_at(500, Some(late + after(1)), late), late + after(500), "not before it waited");
         let much = late + Duration::from_secs(1);
         assert_eq!(shaper.reserve_at(1, Some(late), much), much - LATENESS + after(1));
-        assert_eq!(shaper.bytes(), 6502);
+        let idle = much + Duration::from_secs(1);
+        assert_eq!(shaper.reserve_at(1, None, idle), idle, "nothing leaves before it comes");
+        assert_eq!(shaper.bytes(), 6503);
         shaper.reset();
         assert_eq!(shaper.bytes(), 0);
     }

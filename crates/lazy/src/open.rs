@@ -172,6 +172,24 @@ async fn open_layers(
     manifest.layers.iter().map(of).collect()
 }
 
+/// Opens the layers of an image whose configuration is not needed, side by side. Where all of them are in the store, with
+/// their tables of contents, the source is not asked for anything.
+///
+/// # Errors
+/// The first layer's that can't be opened lazily.
+///
+/// # Panics
+/// Where it is polled outside of a Tokio runtime.
+pub async fn open_all_layers(
+    source: Arc<dyn ImageSource>,
+    manifest: &Manifest,
+    store: &Store,
+    options: &OpenOptions,
+) -> Result<Vec<Arc<LazyLayer>>, LayerError> {
+    let layers = open_layers(&source, manifest, store, options).await;
+    layers.into_iter().map(|opened| opened.layer).collect()
+}
+
 /// Opens one layer.
 ///
 /// # Errors

@@ -41,6 +41,60 @@ async fn a_restart_needs_no_network_for_what_is_here() {
     case.check_all(&layer).await;
 }
 
+#[tokio::test]
+async fn a_data_file_is_handed_from_process_to_process() {
+    let mut case = Case::new(files(4, 10_000), Shape::default());
+    let layer = case.open().await;
+    case.check(&layer, 1).await.unwrap();
+    let [data, lock] = layer.kept_files().map(|file| file.try_clone().unwrap());
+    let (inode, directory) = (data.metadata().unwrap().ino(), layer.directory().to_owned());
+    std::mem::forget(layer);
+
+    // Meanwhile nobody may make the files anew.
+    let other = File::open(directory.join("lock")).unwrap();
+    assert!(matches!(other.try_lock(), Err(std::fs::TryLockError::WouldBlock)));
+
+    case.store = case.second_store();
+    // Told from another descriptor of the file by its offset, which descriptors of one opening share.
+    std::io::Seek::seek(&mut &data, std::io::SeekFrom::Start(12_345)).unwrap();
+    case.store.adopt(data).unwrap();
+    let layer = case.try_open().await.unwrap();
+    assert_eq!(layer.data_file().metadata().unwrap().ino(), inode);
+    assert_eq!(std::io::Seek::stream_position(&mut layer.data_file()).unwrap(), 12_345);
+    case.check_all(&layer).await;
+    drop(lock);
+}
+
+#[tokio::test]
+async fn a_data_file_of_another_layer_is_not_taken_for_it() {
+    let mut case = Case::new(files(4, 10_000), Shape::default());
+    let layer = case.open().await;
+    let other = Case::new(files(2, 10_000), Shape::default());
+    let other_layer = other.open().await;
+    drop(layer);
+    case.store = case.second_store();
+    case.store.adopt(other_layer.data_file().try_clone().unwrap()).unwrap();
+    let layer = case.try_open().await.unwrap();
+    case.check_all(&layer).await;
+    assert_ne!(layer.data_file().metadata().unwrap().ino(), other_layer.data_file().metadata().unwrap().ino());
+}
+
+#[tokio::test]
+async fn a_layer_says_when_it_is_complete() {
+    let case = Case::new(files(4, 10_000), Shape::default());
+    let layer = case.open().await;
+    let waiting = tokio::spawn({
+        let layer = Arc::clone(&layer);
+        async move { layer.completed().await }
+    });
+    case.check(&layer, 1).await.unwrap();
+    assert!(!waiting.is_finished() && !layer.is_complete());
+    complete(&layer).await.unwrap();
+    waiting.await.unwrap();
+    // Also to those who come later.
+    layer.completed().await;
+}
+
 /// Where this variable is set, the test below is the process that gets killed, and works in the directory it names.
 const VICTIM: &str = "LORIS_LAZY_TEST_VICTIM";
 
@@ -97,7 +151,7 @@ async fn a_data_file_that_was_cut_is_filled_again() {
     let layer = case.open().await;
     complete(&layer).await.unwrap();
     let data = layer.directory().join("data");
-    assert_eq!(data.metadata().unwrap().len(), layer.index().data_length());
+    assert_eq!(data.metadata().unwrap().len(), layer.index().data_length().next_multiple_of(4096));
     drop(layer);
     File::options().write(true).open(&data).unwrap().set_len(12_000).unwrap();
     let layer = reopen(&mut case).await;
@@ -111,7 +165,7 @@ async fn a_data_file_that_was_cut_is_filled_again() {
     case.check_all(&layer).await;
     assert!(!case.source.take_requests().is_empty());
     assert!(layer.is_complete());
-    assert_eq!(data.metadata().unwrap().len(), layer.index().data_length());
+    assert_eq!(data.metadata().unwrap().len(), layer.index().data_length().next_multiple_of(4096));
 
     // Cut, and then made longer by the next write.
     let first = layer.index().extents()[0].clone();

@@ -103,6 +103,10 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
+    // The keeper forks, and must stay small: not even its arguments are parsed, which follow `--` as they are.
+    if std::env::args_os().nth(1).is_some_and(|verb| verb == loris_mount::keeper::VERB) {
+        return loris_mount::keeper::main(&std::env::args_os().skip(2).collect::<Vec<_>>());
+    }
     let arguments = Arguments::parse();
     let global = arguments.global;
     // The embedded runtime forks: it must be alone in its process, without the threads that logging and the network bring.

@@ -89,6 +89,7 @@ impl MountArguments {
             mountpoint: Some(self.directory.clone()),
             access,
             engine: self.engine.engine,
+            pager: self.engine.paging(),
             ..RootFsOptions::read_only(&store)
         };
         let runtime = tokio::runtime::Handle::current();

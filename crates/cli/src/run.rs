@@ -164,6 +164,7 @@ impl RunArguments {
         let options = RootFsOptions {
             access: rootfs::Access::Discard,
             engine: self.engine.engine,
+            pager: self.engine.paging(),
             ..RootFsOptions::read_only(store)
         };
         let handle = tokio::runtime::Handle::current();

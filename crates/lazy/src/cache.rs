@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `data` | sparse; the content of every file of the layer, where the index says |
+//! | `data` | sparse; the content of every file of the layer, where the index says; zeros to a multiple of 4 KiB |
 //! | `filled` | which of it is there, see [`crate::filled`] |
 //! | `toc` | what the index is made of, so that opening again needs no network; see [`Tail`] |
 //! | `lock` | `flock`: shared while in use, exclusive while files are made anew |
@@ -26,7 +26,7 @@ use std::{
 use loris_format::{
     digest::{Digest, Hasher},
     index::LayerIndex,
-    position::{BlobRange, DataOffset},
+    position::{BlobRange, DATA_ALIGNMENT, DataOffset},
 };
 
 use tokio::sync::watch;
@@ -48,7 +48,7 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 pub(crate) struct LayerCache {
     directory: PathBuf,
     data: File,
-    data_length: u64,
+    file_length: u64,
     layout: [u8; 32],
     filled: FilledMap,
     unsynced_bytes: AtomicU64,
@@ -116,7 +116,7 @@ impl LayerCache {
         Ok(Self {
             directory: directory.to_owned(),
             data,
-            data_length: expected.data_length,
+            file_length: expected.file_length(),
             layout: expected.layout,
             filled,
             unsynced_bytes: AtomicU64::new(0),
@@ -137,7 +137,7 @@ impl LayerCache {
         };
         let (Some(data), Some(filled)) = (open(&data_path)?, open(&filled_path)?) else { return Ok(None) };
         let metadata = data.metadata().map_err(StoreError::file(&data_path))?;
-        if !metadata.is_file() || metadata.len() != expected.data_length {
+        if !metadata.is_file() || metadata.len() != expected.file_length() {
             tracing::warn!(file = %data_path.display(), "not the data file that was left here; starting afresh");
             return Ok(None);
         }
@@ -158,7 +158,7 @@ impl LayerCache {
         remove(&filled_path)?;
         remove(&data_path)?;
         let data = open_private(&data_path).map_err(StoreError::file(&data_path))?;
-        data.set_len(expected.data_length).map_err(StoreError::file(&data_path))?;
+        data.set_len(expected.file_length()).map_err(StoreError::file(&data_path))?;
         let inode = data.metadata().map_err(StoreError::file(&data_path))?.ino();
         let filled = open_private(&filled_path).map_err(StoreError::file(&filled_path))?;
         let filled = FilledMap::create(filled, &expected.header(inode)).map_err(StoreError::file(&filled_path))?;
@@ -237,12 +237,12 @@ impl LayerCache {
     /// Looked at before each write, which would make the file longer and the cut a hole that reads as zeros.
     pub(crate) fn check_length(&self, index: &LayerIndex) -> io::Result<()> {
         let found = self.data.metadata()?.len();
-        if found < self.data_length {
-            tracing::warn!(file = %self.directory.join("data").display(), found, expected = self.data_length,
+        if found < self.file_length {
+            tracing::warn!(file = %self.directory.join("data").display(), found, expected = self.file_length,
                 "the data file was cut; what is gone will be fetched again");
             self.complete.send_replace(false);
             self.filled.forget(index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))))?;
-            lengthen(&self.data, self.data_length)?;
+            lengthen(&self.data, self.file_length)?;
         }
         Ok(())
     }
@@ -273,6 +273,12 @@ struct Expected {
 }
 
 impl Expected {
+    /// Returns the length of the data file, in bytes: of whole blocks, since EROFS reads nothing less of a device.
+    fn file_length(&self) -> u64 {
+        // The builder of the index has checked that all content ends far below 2^64.
+        self.data_length.next_multiple_of(DATA_ALIGNMENT)
+    }
+
     fn header(&self, data_inode: u64) -> Header {
         let &Self { blob, layout, extents, data_length, boot } = self;
         Header { blob, layout, extents, data_length, data_inode, boot }

@@ -126,7 +126,7 @@ impl LazyLayer {
         self.cache.directory()
     }
 
-    /// Returns the data file: [`LayerIndex::data_length`] bytes, sparse, open for reading and writing. Only what is
+    /// Returns the data file: [`LayerIndex::data_length`] bytes and zeros to a multiple of 4 KiB, sparse, open for reading and writing. Only what is
     /// [filled](LazyLayer::is_filled) may be read from it.
     #[must_use]
     pub fn data_file(&self) -> &File {

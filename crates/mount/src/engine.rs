@@ -2,7 +2,6 @@
 
 use std::{fmt, str::FromStr};
 
-mod asking;
 mod probe;
 mod tiny;
 

@@ -34,7 +34,6 @@ use crate::{
 
 mod bootstrap;
 
-pub(crate) use bootstrap::write_tree;
 pub use bootstrap::{Form, cached_bootstrap};
 
 /// How to mount.

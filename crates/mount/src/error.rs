@@ -105,6 +105,9 @@ pub enum MountError {
         /// Why not, and what to do.
         reason: String,
     },
+    /// What fills data files while they are mounted cannot do so.
+    #[error(transparent)]
+    Pager(#[from] crate::pager::PagerError),
     /// The directories of an overlay cannot be combined.
     #[error("overlay at {}: {reason}", path.display())]
     Overlay {

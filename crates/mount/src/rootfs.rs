@@ -39,6 +39,7 @@ use crate::{
     fuse::FuseOptions,
     mounts::{self, Unmounted},
     overlay::{OverlayMount, OverlayOptions, Upper},
+    pager::{Pager, PagerOptions},
     probe::{Wish, probe},
 };
 
@@ -61,6 +62,18 @@ pub enum Access {
     Keep(PathBuf),
 }
 
+/// What fills data files while the kernel reads them.
+#[derive(Clone, Debug)]
+pub enum Paging {
+    /// Nothing: [`Engine::Fanotify`] is not used.
+    None,
+    /// A pager of the root file system's own, with a keeper of its own. A command by which the keeper takes mounts down
+    /// gets the mount point as its last argument, for [`unmount_at`].
+    Own(PagerOptions),
+    /// A pager that serves others too.
+    Shared(Arc<Pager>),
+}
+
 /// How to assemble a root file system.
 #[derive(Clone, Debug)]
 pub struct RootFsOptions {
@@ -73,6 +86,8 @@ pub struct RootFsOptions {
     pub scratch: PathBuf,
     /// The engine; `None` for the best that works here, see [`engine::probe`].
     pub engine: Option<Engine>,
+    /// What fills data files under [`Engine::Fanotify`].
+    pub pager: Paging,
     /// The store that the layers are kept in, and bootstraps beside them.
     pub store: Store,
     /// How to serve what is served over FUSE.
@@ -88,6 +103,7 @@ impl RootFsOptions {
             access: Access::ReadOnly,
             scratch: std::env::temp_dir(),
             engine: None,
+            pager: Paging::None,
             store: store.clone(),
             fuse: FuseOptions::default(),
         }
@@ -133,7 +149,14 @@ impl RootFs {
             (Some(_), Some(scratch)) => scratch.directory("lower")?,
             _ => rootfs.path.clone(),
         };
-        let parts = Parts { layers, store: &options.store, fuse: &options.fuse, runtime };
+        let parts = Parts {
+            layers,
+            store: &options.store,
+            pager: &options.pager,
+            shown_at: &rootfs.path,
+            fuse: &options.fuse,
+            runtime,
+        };
         rootfs.lower = Some(Lower::mount(&engines, &parts, &lower_at)?);
         if let Some(base) = base {
             let overlay = OverlayOptions {
@@ -241,6 +264,10 @@ fn candidates(options: &RootFsOptions, wish: Wish) -> Result<Vec<Engine>, MountE
         }
         return Ok(vec![Engine::Fuse]);
     }
+    let has_pager = !matches!(options.pager, Paging::None);
+    if options.engine == Some(Engine::Fanotify) && !has_pager {
+        return Err(MountError::Engine { engine: Engine::Fanotify, reason: "no pager was given".to_owned() });
+    }
     let report = engine::probe(options.store.root());
     if let Some(engine) = options.engine {
         let ability = report.ability(engine);
@@ -249,7 +276,8 @@ fn candidates(options: &RootFsOptions, wish: Wish) -> Result<Vec<Engine>, MountE
         }
         return Ok(vec![engine]);
     }
-    let usable = report.usable();
+    let mut usable = report.usable();
+    usable.retain(|&engine| engine != Engine::Fanotify || has_pager);
     if usable.is_empty() {
         return unable(abilities.missing_for(wish).iter().map(ToString::to_string).collect());
     }

@@ -2,13 +2,12 @@
 
 use loris_format::{
     digest::Digest,
+    erofs::write_bootstrap,
     index::builder::{Attributes, IndexBuilder, MissingDigest, NewChunk, NewKind},
     limits::Limits,
     position::{BlobOffset, FileOffset},
     tree::Tree,
 };
-
-use crate::erofs::write_tree;
 
 /// Its only file.
 pub(super) const NAME: &str = "file";
@@ -41,6 +40,20 @@ pub(super) fn bootstrap() -> Result<Vec<u8>, String> {
     };
     let index = build().map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
-    write_tree(&Tree::merged(&[&index]), &[length], &mut bytes)?;
+    let tree = Tree::merged(&[&index]);
+    write_bootstrap(&tree, &[length], [0; 16], &mut bytes).map_err(|error| error.to_string())?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_can_be_written() {
+        // The superblock's magic number, where the kernel looks for it.
+        let bytes = bootstrap().unwrap_or_default();
+        assert_eq!(bytes.get(1024..1028), Some(&[0xe2, 0xe1, 0xf5, 0xe0][..]));
+        assert!(content().chunks(512).all(|sector| sector.iter().any(|&byte| byte != 0)));
+    }
 }

@@ -10,6 +10,7 @@ use std::{
 
 use loris_format::{
     digest::Digest,
+    erofs::write_bootstrap,
     tree::{LayerNumber, OpaqueStyle, Tree},
 };
 use loris_lazy::{LazyLayer, Store};
@@ -49,25 +50,27 @@ pub fn cached_bootstrap(store: &Store, layers: &[Arc<LazyLayer>], form: Form) ->
         (Form::Layer(_), layers) => panic!("a bootstrap of one layer was asked for, and there are {}", layers.len()),
     };
     let devices: Vec<u64> = layers.iter().map(|layer| layer.index().data_length()).collect();
-    let failed = |reason: &dyn std::fmt::Display| MountError::Bootstrap {
-        path: path.clone(),
-        reason: reason.to_string(),
-    };
+    let failed =
+        |reason: &dyn std::fmt::Display| MountError::Bootstrap { path: path.clone(), reason: reason.to_string() };
     let mut file = store.begin_bootstrap(&key).map_err(|error| failed(&error))?;
     let mut output = BufWriter::with_capacity(BUFFER_BYTES, file.file());
-    write_tree(&tree, &devices, &mut output).map_err(|error| failed(&error))?;
+    write_bootstrap(&tree, &devices, identity(&key), &mut output).map_err(|error| failed(&error))?;
     output.flush().map_err(|error| failed(&error))?;
     drop(output);
     file.finish().map_err(|error| failed(&error))
 }
 
-/// Writes a tree as an EROFS over devices of these lengths, in bytes.
-pub(crate) fn write_tree(_tree: &Tree, _devices: &[u64], _output: &mut dyn std::io::Write) -> Result<(), String> {
-    Err("this build cannot write EROFS".to_owned())
-}
-
 /// Bytes that are written to the disk at once.
 const BUFFER_BYTES: usize = 1 << 20;
+
+/// The UUID of the file system of a bootstrap.
+fn identity(key: &Digest) -> [u8; 16] {
+    let bytes: &[u8] = match key {
+        Digest::Sha256(bytes) => bytes,
+        Digest::Sha512(bytes) => bytes,
+    };
+    bytes.first_chunk().copied().unwrap_or_default()
+}
 
 /// Names all that a bootstrap depends on.
 fn key(store: &Store, layers: &[Arc<LazyLayer>], form: Form) -> Digest {

@@ -28,12 +28,18 @@ use crate::{
         devices::{Device, DeviceMount},
     },
     mounts::Unmounted,
+    pager::{OnDeath, Pager, Watch},
 };
+
+use super::Paging;
 
 /// What a tree is made of.
 pub(super) struct Parts<'a> {
     pub layers: &'a [Arc<LazyLayer>],
     pub store: &'a Store,
+    pub pager: &'a Paging,
+    /// Where users find the tree, or what is mounted over it.
+    pub shown_at: &'a Path,
     pub fuse: &'a FuseOptions,
     pub runtime: &'a Handle,
 }
@@ -42,6 +48,8 @@ pub(super) struct Parts<'a> {
 #[derive(Debug)]
 pub(super) enum Lower {
     Fuse(FuseMount),
+    /// In this order: the mount goes first.
+    Fanotify(ErofsMount, Watch, Arc<Pager>),
     ErofsFuse(ErofsMount, Option<DeviceMount>),
 }
 
@@ -54,7 +62,7 @@ impl Lower {
                 return Err(MountError::Unable { missing: "no engine can be used here".to_owned() });
             };
             let mounted = match engine {
-                Engine::Fanotify => Err(MountError::Engine { engine, reason: "it has no pager".to_owned() }),
+                Engine::Fanotify => Self::fanotify(parts, at),
                 Engine::ErofsFuse => Self::erofs_fuse(parts, at),
                 Engine::Fuse => Self::fuse(parts, at),
             };
@@ -75,6 +83,35 @@ impl Lower {
         let indexes: Vec<_> = parts.layers.iter().map(|layer| layer.index()).collect();
         let tree = Arc::new(Tree::merged(&indexes));
         FuseMount::mount(tree, parts.layers.to_vec(), at, parts.fuse, parts.runtime).map(Self::Fuse)
+    }
+
+    fn fanotify(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
+        let pager = match parts.pager {
+            Paging::Shared(pager) => Arc::clone(pager),
+            Paging::Own(options) => {
+                let mut options = options.clone();
+                if let OnDeath::Clean(command) = &mut options.on_death {
+                    command.push(parts.shown_at.into());
+                }
+                Arc::new(Pager::start(&options, parts.runtime)?)
+            }
+            Paging::None => {
+                let (engine, reason) = (Engine::Fanotify, "no pager was given".to_owned());
+                return Err(MountError::Engine { engine, reason });
+            }
+        };
+        let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
+        let devices: Vec<PathBuf> = parts.layers.iter().map(|layer| layer.directory().join("data")).collect();
+        // Marked before the kernel opens them, and known to the pager before anybody can reach the mount.
+        let mut watch = pager.watch(parts.layers)?;
+        let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?;
+        watch.mounted(erofs.root())?;
+        watch.attached(parts.shown_at)?;
+        if at != parts.shown_at {
+            // Below the other one: it is taken down with that, or by itself where that is not there yet.
+            watch.attached(at)?;
+        }
+        Ok(Self::Fanotify(erofs.attach(at)?, watch, pager))
     }
 
     fn erofs_fuse(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
@@ -119,6 +156,7 @@ impl Lower {
     pub(super) fn engine(&self) -> Engine {
         match self {
             Self::Fuse(_) => Engine::Fuse,
+            Self::Fanotify(..) => Engine::Fanotify,
             Self::ErofsFuse(..) => Engine::ErofsFuse,
         }
     }
@@ -127,7 +165,7 @@ impl Lower {
     pub(super) async fn ended(&self) {
         match self {
             Self::Fuse(mount) => mount.ended().await,
-            Self::ErofsFuse(mount, _) => mount.ended().await,
+            Self::Fanotify(mount, ..) | Self::ErofsFuse(mount, _) => mount.ended().await,
         }
     }
 
@@ -135,6 +173,12 @@ impl Lower {
     pub(super) fn unmount(self) -> Result<Unmounted, MountError> {
         match self {
             Self::Fuse(mount) => mount.unmount(),
+            // Where it is still in use, the pager or its keeper refuses what is not here until it is not.
+            Self::Fanotify(mount, watch, pager) => {
+                let unmounted = mount.unmount()?;
+                drop((watch, pager));
+                Ok(unmounted)
+            }
             Self::ErofsFuse(mount, server) => {
                 let unmounted = mount.unmount()?;
                 if let Some(mut server) = server {

@@ -145,7 +145,14 @@ fn files_are_read_in_every_way() {
             let mounted = mount(engine, &image, &mountpoint);
             for round in 0..2 {
                 for size in sizes {
-                    let content = way(&mountpoint.join(size.to_string())).unwrap();
+                    let content = match way(&mountpoint.join(size.to_string())) {
+                        // EROFS over plain files has no direct reads, as little as tmpfs once had.
+                        Err(error) if name == "O_DIRECT" && engine != Engine::Fuse => {
+                            assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{engine}");
+                            continue;
+                        }
+                        content => content.unwrap(),
+                    };
                     assert!(content == noise(size as u64, size), "{engine}, {name}, {size} bytes, round {round}");
                 }
             }

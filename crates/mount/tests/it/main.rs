@@ -4,12 +4,17 @@
 mod engines;
 mod image;
 mod mounted;
+mod pager;
 mod read;
 mod rootfs;
 mod source;
 mod user;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use image::TestImage;
 use loris_format::tree::Tree;
@@ -17,7 +22,8 @@ use loris_mount::{
     engine::{self, Engine},
     fuse::{FuseMount, FuseOptions},
     mounts,
-    rootfs::{Access, RootFs, RootFsOptions},
+    pager::{OnDeath, PagerOptions},
+    rootfs::{Access, Paging, RootFs, RootFsOptions},
 };
 
 /// The engines that this machine has. Says of each other one that the test is skipped for it.
@@ -51,6 +57,12 @@ fn options(engine: Engine, image: &TestImage, access: Access, mountpoint: Option
         access,
         scratch: image.directory.path().to_owned(),
         engine: Some(engine),
+        pager: Paging::Own(PagerOptions {
+            patience: Duration::from_millis(300),
+            register: image.directory.path().join("mounts"),
+            on_death: OnDeath::Clean(vec!["/bin/true".into()]),
+            keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
+        }),
         ..RootFsOptions::read_only(&image.store)
     }
 }

@@ -47,6 +47,7 @@ impl EngineArgument {
             register: REGISTER.into(),
             on_death: OnDeath::Clean(vec![program.into(), "umount".into(), "--quiet".into(), "--".into()]),
             keeper: None,
+            log: None,
         })
     }
 

@@ -60,8 +60,15 @@ pub(crate) struct Kept<'a> {
 #[derive(Debug)]
 pub struct Keeper {
     link: Mutex<Link>,
-    on_death: OnDeath,
+    start: Start,
+}
+
+/// How a keeper is started.
+#[derive(Debug)]
+struct Start {
     program: PathBuf,
+    on_death: OnDeath,
+    log: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -82,15 +89,16 @@ impl Keeper {
             // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
             None => program_on_disk(std::env::current_exe().map_err(PagerError::Keeper)?),
         };
-        let link = Link::start(&program, &options.on_death, kept, files).map_err(PagerError::Keeper)?;
-        Ok(Self { link: Mutex::new(link), on_death: options.on_death.clone(), program })
+        let start = Start { program, on_death: options.on_death.clone(), log: options.log.clone() };
+        let link = Link::start(&start, kept, files).map_err(PagerError::Keeper)?;
+        Ok(Self { link: Mutex::new(link), start })
     }
 
     /// Starts another one in the place of one that was killed.
     pub(crate) fn replace(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
         let mut link = self.link();
         let _ = link.child.wait();
-        *link = Link::start(&self.program, &self.on_death, kept, files)?;
+        *link = Link::start(&self.start, kept, files)?;
         Ok(())
     }
 
@@ -175,17 +183,22 @@ pub(crate) fn dismiss(keeper: &OwnedFd) {
 impl Link {
     fn start(program: &PathBuf, on_death: &OnDeath, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let (mode, command): (&str, &[OsString]) = match on_death {
+        let (mode, command): (&str, &[OsString]) = match &start.on_death {
             OnDeath::Restart(command) => (process::RESTART, command),
             OnDeath::Clean(command) => (process::CLEAN, command),
         };
-        let child = Command::new(program)
+        let log = match &start.log {
+            Some(path) => Stdio::from(File::options().create(true).append(true).open(path)?),
+            None => Stdio::inherit(),
+        };
+        let child = Command::new(&start.program)
             .arg(VERB)
             .arg(mode)
             .arg("--")
             .args(command)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
+            .stderr(log)
             .spawn()?;
         let link = Self { socket: ours, child };
         match link.hand_over(kept, files) {

@@ -85,6 +85,8 @@ pub struct PagerOptions {
     pub on_death: OnDeath,
     /// The program that is the keeper when it is called with [`crate::keeper::VERB`]; `None` for this one.
     pub keeper: Option<PathBuf>,
+    /// Where keeper and successors write what they have to say; `None` for where this process does.
+    pub log: Option<PathBuf>,
 }
 
 /// What a keeper does when its daemon is killed.
@@ -269,6 +271,11 @@ impl Pager {
     #[must_use]
     pub fn register(&self) -> PathBuf {
         self.inner.register().path().to_owned()
+    }
+
+    /// Waits until no mount is up, also none that is out of sight but in use.
+    pub async fn idle(&self) {
+        self.inner.mounts.all_gone().await;
     }
 
     /// Marks the data files of layers, so that they can be mounted. Blocks for some system calls.

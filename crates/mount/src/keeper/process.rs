@@ -6,7 +6,7 @@
 use std::{
     ffi::{CString, OsString},
     fs::File,
-    io,
+    io::{self, Write as _},
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
         unix::ffi::OsStringExt,
@@ -60,7 +60,8 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
     match Keeper::start(arguments).and_then(Keeper::run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("loris: the keeper of mounts ends: {error}");
+            // Where that is written to may be gone.
+            let _ = writeln!(io::stderr(), "loris: the keeper of mounts ends: {error}");
             ExitCode::FAILURE
         }
     }
@@ -373,7 +374,7 @@ impl Command {
 fn set_apart() {
     // Each is a help and no condition: where it is refused, the keeper does its work all the same.
     let _ = rustix::process::setsid();
-    let _ = rustix::process::chdir("/");
+    // The working directory stays: a successor's arguments may be relative to it.
     let _ = rustix::thread::set_name(c"loris-keeper");
     let _ = std::fs::write("/proc/self/oom_score_adj", OOM_SCORE);
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE] {

@@ -70,6 +70,19 @@ impl Mounts {
         journal.mounts().any(|mount| mount.load(Ordering::Acquire) != 0)
     }
 
+    /// Waits until every mount that is up is gone.
+    pub(super) async fn all_gone(&self) {
+        loop {
+            let next = {
+                let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.values().next().map(|mounted| mounted.gone.subscribe())
+            };
+            let Some(mut next) = next else { return };
+            // An error means that it was taken out of the table, which is the same.
+            let _ = next.wait_for(|gone| *gone).await;
+        }
+    }
+
     /// Watches the mount whose root is at `root`. A mount that was taken over is known by the same number again.
     fn add(&self, journal: &Journal, root: &Path) -> Result<(i32, watch::Receiver<bool>), PagerError> {
         let path = CString::new(root.as_os_str().as_bytes()).map_err(|error| PagerError::Inotify(error.into()))?;

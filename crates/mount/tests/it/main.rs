@@ -62,6 +62,7 @@ fn options(engine: Engine, image: &TestImage, access: Access, mountpoint: Option
             register: image.directory.path().join("mounts"),
             on_death: OnDeath::Clean(vec!["/bin/true".into()]),
             keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
+            log: None,
         }),
         ..RootFsOptions::read_only(&image.store)
     }

@@ -14,6 +14,7 @@ pub fn pager(image: &TestImage, patience: Duration) -> Pager {
         register: image.directory.path().join("mounts"),
         on_death: OnDeath::Clean(vec!["/bin/true".into()]),
         keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
+        log: None,
     };
     Pager::start(&options, image.runtime.handle()).unwrap()
 }

@@ -165,7 +165,8 @@ pub enum Problem {
 
 /// Writes the bootstrap of a tree, front to back. `devices[n]` is the length of layer `n`'s data file, in bytes. All
 /// layers are devices of the image, also those that no file of the tree lies in: they must be given to the kernel in this
-/// order.
+/// order. It reads whole blocks of them, and from Linux 6.18 on (before, it took what was missing for zeros) fails where
+/// the last one is not whole: a data file must be as long as the next multiple of 4096.
 ///
 /// `identity` becomes the file system's UUID. Whoever mounts overlayfs over several bootstraps needs one for each, and
 /// the same content may have the same: the beginning of a digest of all that went into the tree is right.
@@ -195,7 +196,8 @@ pub fn write_bootstrap(
         let too_large = || BootstrapError::TooLarge { what: "inodes", limit: u64::from(u32::MAX) * disk::INODE_SLOT };
         places.push(u32::try_from(place).map_err(|_| too_large())?);
     }
-    let data_at = plans.end().next_multiple_of(BLOCK);
+    // `fsck.erofs` 1.5 reads the beginning of attributes behind the last inode too, where there are none.
+    let data_at = (plans.end() + attributes::BODY_HEADER).next_multiple_of(BLOCK);
     let blocks = data_at / BLOCK + plans.blocks();
     let blocks = u32::try_from(blocks)
         .map_err(|_| BootstrapError::TooLarge { what: "inodes and directories", limit: u64::from(u32::MAX) * BLOCK })?;
@@ -229,11 +231,11 @@ pub fn write_bootstrap(
             with_blocks.push((id, inode, count));
         }
     }
+    sink.pad_to(data_at)?;
     for (id, inode, count) in with_blocks {
-        sink.align(BLOCK)?;
         plans.write_content(&mut sink, id, inode, 0, count, &places)?;
+        sink.align(BLOCK)?;
     }
-    sink.align(BLOCK)?;
     let length = sink.finish()?;
     Ok(Bootstrap { length, inodes: places.len() as u64, left_out_attributes: attributes.left_out() })
 }

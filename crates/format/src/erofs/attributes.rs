@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// An inode's attributes begin with this many bytes.
-const BODY_HEADER: u64 = 12;
+pub(super) const BODY_HEADER: u64 = 12;
 /// An attribute begins with this many bytes.
 const ENTRY_HEADER: u64 = 4;
 /// Places of attributes, and their sizes, are counted in units of this many bytes.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::cast_possible_truncation)]
 
 mod engines;
+mod erofs_bootstrap;
 mod image;
 mod mounted;
 mod pager;

@@ -32,6 +32,11 @@ mod disk;
 mod plan;
 mod sink;
 
+#[cfg(test)]
+mod reader;
+#[cfg(test)]
+mod tests;
+
 use attributes::Attributes;
 use disk::{BLOCK, Superblock};
 use plan::{Body, Planner};
@@ -46,7 +51,7 @@ pub struct Bootstrap {
     /// Files of all types.
     pub inodes: u64,
     /// Extended attributes that EROFS has no name for, and that are not in the image: other name spaces than `user.`,
-    /// `trusted.`, `security.` and those of access control lists, and names that no system call takes.
+    /// `trusted.`, `security.` and those of access control lists. No program could read them.
     pub left_out_attributes: u64,
 }
 
@@ -109,14 +114,6 @@ pub enum Problem {
         /// Bytes.
         length: usize,
     },
-    /// A device that Linux has no number for.
-    #[error("device {major}:{minor}; Linux takes major numbers below 4096 and minor numbers below 1048576")]
-    DeviceNumber {
-        /// Major number.
-        major: u32,
-        /// Minor number.
-        minor: u32,
-    },
     /// An attribute with too large a value.
     #[error("extended attribute \"{name}\" of {length} bytes; EROFS takes at most 65535")]
     AttributeValue {
@@ -126,7 +123,7 @@ pub enum Problem {
         length: usize,
     },
     /// More attributes than fit beside an inode.
-    #[error("extended attributes of {length} bytes; EROFS takes at most 262152 beside those that are shared")]
+    #[error("extended attributes of {length} bytes; EROFS takes at most 262148 beside those that are shared")]
     AttributesTooLarge {
         /// Bytes.
         length: u64,

@@ -27,8 +27,6 @@ const MOST_BODY: u64 = BODY_HEADER + UNIT * (u16::MAX as u64 - 1);
 const MOST_SHARED: usize = 128;
 /// Attributes larger than this are shared even where only one inode has them.
 const LARGE: u64 = 256;
-/// `XATTR_NAME_MAX` of Linux: no system call takes a longer name.
-const MOST_NAME: usize = 255;
 /// Stands for an attribute that is not written.
 const LEFT_OUT: u32 = u32::MAX;
 
@@ -190,7 +188,7 @@ impl Entry<'_> {
 
     fn write(&self, sink: &mut Sink<'_>) -> io::Result<()> {
         let mut header = Fields([0; ENTRY_HEADER as usize]);
-        // Both were checked when they were collected.
+        // The value was checked when it was collected; an index has no name of more than 255 bytes.
         header.set(0, [self.suffix.len() as u8, self.prefix]);
         header.set(2, (self.value.len() as u16).to_le_bytes());
         sink.put(&header.0)?;
@@ -200,12 +198,12 @@ impl Entry<'_> {
     }
 }
 
-/// Takes a name apart; `None` where EROFS cannot hold it, or nobody could ask for it.
+/// Takes a name apart; `None` where EROFS cannot hold it, or no system call takes it.
 fn split(name: &[u8]) -> Option<(u8, &[u8])> {
     if let Some((_, number)) = WHOLE.iter().find(|(whole, _)| *whole == name) {
         return Some((*number, b""));
     }
     let (prefix, number) = PREFIXES.iter().find(|(prefix, _)| name.starts_with(prefix))?;
     let suffix = &name[prefix.len()..];
-    (!suffix.is_empty() && name.len() <= MOST_NAME && !suffix.contains(&0)).then_some((*number, suffix))
+    (!suffix.is_empty()).then_some((*number, suffix))
 }

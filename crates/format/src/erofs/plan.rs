@@ -143,12 +143,7 @@ impl<'a> Planner<'a> {
             InodeKind::Symlink { target } => Ok((target.len() as u64, UNPLACED)),
             InodeKind::Regular { size: 0, .. } => Ok((0, Body::None)),
             InodeKind::Regular { layer, size, data, .. } => Ok((*size, self.on_device(*layer, *size, *data)?)),
-            InodeKind::CharDevice { major, minor } | InodeKind::BlockDevice { major, minor } => {
-                device_number(*major, *minor)
-                    .map(|_| (0, Body::None))
-                    .ok_or(Problem::DeviceNumber { major: *major, minor: *minor })
-            }
-            InodeKind::Fifo => Ok((0, Body::None)),
+            InodeKind::CharDevice { .. } | InodeKind::BlockDevice { .. } | InodeKind::Fifo => Ok((0, Body::None)),
         }
     }
 
@@ -163,7 +158,9 @@ impl<'a> Planner<'a> {
         if !data.0.is_multiple_of(BLOCK) {
             return Err(Problem::Unaligned { layer: layer.0, at: data.0 });
         }
-        // One chunk for the whole file: the kernel then finds a piece of it by a single place.
+        // One chunk for the whole file: the kernel finds any piece of it by a single place, and the device by its number.
+        // A plain file in an address space of all devices would do without the place, but then the kernel looks through
+        // all devices in each read.
         let chunk_bits = size.div_ceil(BLOCK).next_power_of_two().trailing_zeros();
         if chunk_bits > MOST_CHUNK_BITS {
             return Err(Problem::FileTooLarge { length: size });
@@ -196,8 +193,8 @@ impl<'a> Planner<'a> {
             InodeKind::Directory => (DIRECTORY, content),
             InodeKind::Regular { .. } => (REGULAR, content),
             InodeKind::Symlink { .. } => (SYMLINK, content),
-            InodeKind::CharDevice { major, minor } => (CHAR_DEVICE, device_number(*major, *minor).unwrap_or(0)),
-            InodeKind::BlockDevice { major, minor } => (BLOCK_DEVICE, device_number(*major, *minor).unwrap_or(0)),
+            InodeKind::CharDevice { major, minor } => (CHAR_DEVICE, device_number(*major, *minor)),
+            InodeKind::BlockDevice { major, minor } => (BLOCK_DEVICE, device_number(*major, *minor)),
             InodeKind::Fifo => (FIFO, 0),
         };
         let header = Header {
@@ -271,9 +268,10 @@ fn place(end: u64, fixed: u64, tail: u64) -> (u64, bool) {
     (if fits(fixed) { at } else { next_block }, false)
 }
 
-/// As Linux encodes it in 32 bits: `new_encode_dev` in `include/linux/kdev_t.h`. `None` where it does not fit.
-fn device_number(major: u32, minor: u32) -> Option<u32> {
-    (major < 1 << 12 && minor < 1 << 20).then_some(minor & 0xff | major << 8 | (minor & !0xff) << 12)
+/// As Linux encodes it in 32 bits: `new_encode_dev` in `include/linux/kdev_t.h`. An index has no number beyond 12 and 20
+/// bits.
+fn device_number(major: u32, minor: u32) -> u32 {
+    minor & 0xff | major << 8 | (minor & !0xff) << 12
 }
 
 /// The time of more than half of all inodes, where there is such a time (Boyer and Moore): those become compact. Any

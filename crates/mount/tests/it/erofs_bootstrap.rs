@@ -179,8 +179,8 @@ impl Image {
 
     /// Has `fsck.erofs` check it: its structures, and where all content is there, that it can be read.
     fn check(&self, test: &str) {
-        /// Its readers know of so many devices.
-        const MOST_DEVICES: usize = 64;
+        /// Version 1.5 has so many places for open devices, and goes on without the others.
+        const MOST_DEVICES: usize = 256;
         let Some(fsck) = loris_testkit::require_peer(test, "fsck.erofs") else { return };
         if self.devices.len() > MOST_DEVICES {
             return;
@@ -527,7 +527,7 @@ fn layers_of_an_image() {
         return;
     }
     // More than one block of devices, and content of each of them.
-    for count in [2, 5, 700_usize] {
+    for count in [2, 200, 700_usize] {
         let layers: Vec<LayerIndex> = (0..count)
             .map(|number| {
                 let mut layer = Layer::new();

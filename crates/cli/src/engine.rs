@@ -1,7 +1,11 @@
 //! `--engine`: how an image becomes visible, where that is not left to the probe; and what fills it meanwhile.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
+use anyhow::Context as _;
 use clap::{
     Args,
     builder::{PossibleValuesParser, TypedValueParser as _},
@@ -13,23 +17,36 @@ use loris_mount::{
     rootfs::Paging,
 };
 
+use crate::failure::{self, Outcome};
+
 /// How an image becomes visible.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct EngineArgument {
     /// How the image becomes visible; without, the best way that works here, see `loris doctor`
     #[arg(long, env = "LORIS_ENGINE", value_parser = PossibleValuesParser::new(Engine::ALL.map(Engine::name)).try_map(|name| name.parse::<Engine>()))]
     pub engine: Option<Engine>,
+    /// How long a read waits for content that can't be had at the moment, before it fails
+    #[arg(long, env = "LORIS_READ_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
+    pub read_timeout: u64,
 }
 
 /// Where is noted which mounts are up. Gone, as they are, when the machine starts anew.
 const REGISTER: &str = "/run/loris/mounts";
-/// How long a read waits for content that can't be had at the moment.
-const PATIENCE: Duration = Duration::from_secs(60);
 
 impl EngineArgument {
-    /// Returns what fills data files, should the engine want that. Takes down the mounts of processes that were killed
-    /// together with their keepers, so that nobody reads from them.
+    /// Returns what fills data files, should the engine want that; when this process is killed, its mounts are taken down.
+    /// Takes down the mounts of processes that were killed together with their keepers, so that nobody reads from them.
     pub(crate) fn paging(self) -> Paging {
+        let Ok(program) = std::env::current_exe() else { return Paging::None };
+        self.paging_with(OnDeath::Clean(vec![program.into(), SWEEP_VERB.into()]), None)
+    }
+
+    /// Does the same for a mount that outlives its process: a successor is started, with the same arguments.
+    pub(crate) fn restarting(self, log: Option<PathBuf>) -> Paging {
+        self.paging_with(restart(), log)
+    }
+
+    fn paging_with(self, on_death: OnDeath, log: Option<PathBuf>) -> Paging {
         if self.engine.is_some_and(|engine| engine != Engine::Fanotify) || !rustix::process::geteuid().is_root() {
             return Paging::None;
         }
@@ -41,18 +58,36 @@ impl EngineArgument {
             }
             Err(error) => tracing::warn!(%error, "what killed processes have left is not looked for"),
         }
-        let Ok(program) = std::env::current_exe() else { return Paging::None };
-        Paging::Own(PagerOptions {
-            patience: PATIENCE,
-            register: REGISTER.into(),
-            on_death: OnDeath::Clean(vec![program.into(), "umount".into(), "--quiet".into(), "--".into()]),
-            keeper: None,
-            log: None,
-        })
+        Paging::Own(self.pager_options(on_death, log))
+    }
+
+    /// Returns how a pager is run.
+    pub(crate) fn pager_options(self, on_death: OnDeath, log: Option<PathBuf>) -> PagerOptions {
+        let patience = Duration::from_secs(self.read_timeout);
+        PagerOptions { patience, register: REGISTER.into(), on_death, keeper: None, log }
     }
 
     /// Returns it as arguments of another process of this program.
     pub(crate) fn arguments(self) -> Vec<String> {
         self.engine.map_or_else(Vec::new, |engine| vec!["--engine".to_owned(), engine.to_string()])
     }
+}
+
+/// The hidden verb that takes down the mounts of a process that was killed.
+pub(crate) const SWEEP_VERB: &str = "mount-sweep";
+
+/// Starts this program again, as it was started.
+pub(crate) fn restart() -> OnDeath {
+    let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+    let arguments = std::env::args_os().skip(1);
+    OnDeath::Restart([program.into()].into_iter().chain(arguments).collect())
+}
+
+/// Takes down the mounts of the process whose register is at `register`.
+pub(crate) fn sweep(register: &Path) -> failure::Result {
+    let swept = register::sweep_one(register).context("taking down the mounts of a process that was killed")?;
+    for mountpoint in swept.mountpoints {
+        tracing::info!(mountpoint = %mountpoint.display(), "unmounted");
+    }
+    Ok(Outcome::Done)
 }

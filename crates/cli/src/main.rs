@@ -97,6 +97,12 @@ enum Verb {
         /// The shell
         shell: clap_complete::Shell,
     },
+    /// Take down the mounts of a process that was killed, as its keeper calls it
+    #[command(hide = true, name = engine::SWEEP_VERB)]
+    MountSweep {
+        /// Its register of mounts
+        register: std::path::PathBuf,
+    },
     /// The embedded OCI runtime, as `loris run` calls it
     #[command(hide = true, name = run::RUNTIME_VERB)]
     OciRuntime(run::RuntimeArguments),
@@ -137,6 +143,7 @@ fn main() -> ExitCode {
         Verb::Verify(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Mount(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Umount(arguments) => arguments.run(&global),
+        Verb::MountSweep { register } => engine::sweep(&register),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),

@@ -7,21 +7,28 @@ use std::{
     io::{BufRead as _, BufReader, Read as _, Write as _},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use loris_lazy::FetchPolicy;
-use loris_mount::rootfs::{Access, RootFs, RootFsOptions};
+use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
+use loris_mount::{
+    keeper::Keeper,
+    pager::{Inherited, Pager},
+    rootfs::{Access, RootFs, RootFsOptions},
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     Global,
     access::OnePlatform,
-    engine::EngineArgument,
+    engine::{self, EngineArgument},
     failure::{self, Outcome},
     opened::{Looked, OpenLazily, Opened},
 };
+
+mod resume;
 
 /// Mount an image lazily at a directory.
 #[derive(Args)]
@@ -77,36 +84,102 @@ impl MountArguments {
         // Before the mount exists, so that no signal finds it without its handler.
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
+        let mounted = match Keeper::inherit().context("taking over from a process that was killed")? {
+            Some(inherited) => self.take_over(global, inherited).await?,
+            None => self.mount(global, background).await?,
+        };
+        if background {
+            tell_ready(self.log_file.as_deref())?;
+        } else if !global.quiet {
+            eprintln!("{} is mounted at {}; interrupt to unmount it", self.image, self.directory.display());
+        }
+        tokio::select! {
+            () = mounted.ended() => {}
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+        mounted.take_down().await
+    }
+
+    async fn mount(&self, global: &Global, background: bool) -> anyhow::Result<Mounted> {
         let store = self.open.store()?;
         let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
+        let document = looked.document;
         let opened = Opened::from_looked(looked.image, &self.image)?;
         let access = match (&self.upper, self.rw) {
             (Some(directory), _) => Access::Keep(std::path::absolute(directory)?),
             (None, true) => Access::Discard,
             (None, false) => Access::ReadOnly,
         };
+        // Whoever waits for a process in the foreground wants to hear of its end, and not have another one.
+        let pager = if background { self.engine.restarting(Some(self.log())) } else { self.engine.paging() };
         let options = RootFsOptions {
             mountpoint: Some(self.directory.clone()),
             access,
             engine: self.engine.engine,
-            pager: self.engine.paging(),
+            pager,
             ..RootFsOptions::read_only(&store)
         };
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
-        if background {
-            tell_ready(self.log_file.as_deref())?;
-        } else if !global.quiet {
-            eprintln!("{} is mounted at {}; interrupt to unmount it", self.image, root.path().display());
+        let note = match root.pager() {
+            Some(pager) if background => Some(resume::note(&pager.register(), &document)?),
+            _ => None,
+        };
+        Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec(), _note: note })
+    }
+
+    /// Goes on where a process was killed that had been started with the same arguments. What is here is read without the
+    /// registry.
+    async fn take_over(&self, global: &Global, inherited: Inherited) -> anyhow::Result<Mounted> {
+        let (document, note) = resume::noted(&inherited.register_path()?)?;
+        let store = self.open.store()?;
+        for data in inherited.data_files()? {
+            store.adopt(data)?;
         }
-        tokio::select! {
-            () = root.ended() => {}
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
+        let options = self.open.options(FetchPolicy::MOUNT);
+        let manifest = document.manifest(&options.limits)?;
+        let source = global.access.source(&self.image).await?;
+        let layers = open_all_layers(source, &manifest, &store, &options).await?;
+        let log = Some(self.log());
+        let runtime = tokio::runtime::Handle::current();
+        let pager = Pager::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
+        let pager = Arc::new(pager);
+        let root = RootFs::resume(&self.directory, &layers, Arc::clone(&pager))
+            .with_context(|| format!("taking over {}", self.directory.display()))?;
+        Ok(Mounted { root, pager: Some(pager), layers, _note: Some(note) })
+    }
+
+    /// Where a process in the background writes its log.
+    fn log(&self) -> PathBuf {
+        self.log_file.clone().unwrap_or_else(|| "/dev/null".into())
+    }
+}
+
+/// A mount that this process serves.
+struct Mounted {
+    /// `None` where it was unmounted while no process served it, but is still in use.
+    root: Option<RootFs>,
+    pager: Option<Arc<Pager>>,
+    layers: Vec<Arc<LazyLayer>>,
+    _note: Option<resume::Note>,
+}
+
+impl Mounted {
+    async fn ended(&self) {
+        match (&self.root, &self.pager) {
+            (Some(root), _) => root.ended().await,
+            (None, Some(pager)) => pager.idle().await,
+            (None, None) => {}
         }
-        root.unmount().context("unmounting")?;
-        for layer in opened.layers() {
+    }
+
+    async fn take_down(self) -> failure::Result {
+        if let Some(root) = self.root {
+            root.unmount().context("unmounting")?;
+        }
+        for layer in &self.layers {
             layer.sync().await.context("keeping what was fetched")?;
         }
         Ok(Outcome::Done)

@@ -112,6 +112,22 @@ impl ErofsMount {
         DetachedErofs::create(bootstrap, devices, options)?.attach(mountpoint)
     }
 
+    /// Takes over the EROFS at a directory, which another process mounted. `with_root` is given its root before anything
+    /// here could unmount it.
+    pub(crate) fn adopt<E: Into<MountError>>(
+        mountpoint: &Path,
+        with_root: impl FnOnce(BorrowedFd<'_>) -> Result<(), E>,
+    ) -> Result<Self, MountError> {
+        let failed = |error: io::Error| refused(mountpoint, Refusal::plain(error));
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let root =
+            rustix::fs::open(mountpoint, flags, rustix::fs::Mode::empty()).map_err(|errno| failed(errno.into()))?;
+        let goodbye = Goodbye::new(&root).map_err(failed)?;
+        with_root(root.as_fd()).map_err(Into::into)?;
+        drop(root);
+        Ok(Self { mount: OwnMount::note(mountpoint)?, goodbye, gone: false })
+    }
+
     /// Where it is mounted.
     #[must_use]
     pub fn mountpoint(&self) -> &Path {

@@ -181,7 +181,7 @@ pub(crate) fn dismiss(keeper: &OwnedFd) {
 }
 
 impl Link {
-    fn start(program: &PathBuf, on_death: &OnDeath, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<Self> {
+    fn start(start: &Start, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
         let (mode, command): (&str, &[OsString]) = match &start.on_death {
             OnDeath::Restart(command) => (process::RESTART, command),

@@ -65,6 +65,11 @@ pub struct OverlayMount {
 }
 
 impl OverlayMount {
+    /// Takes over the overlay at a directory, which another process mounted.
+    pub(crate) fn adopt(mountpoint: &Path) -> Result<Self, MountError> {
+        Ok(Self { mount: OwnMount::note(mountpoint)?, gone: false })
+    }
+
     /// Mounts at a directory. Blocks for a few system calls, and for as long as the lower directories take to answer.
     ///
     /// # Errors

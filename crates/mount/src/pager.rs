@@ -24,7 +24,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::MetadataExt,
     },
     path::PathBuf,
@@ -95,7 +95,8 @@ pub enum OnDeath {
     /// It starts a successor: a program and its arguments. The successor calls [`Keeper::inherit`] and
     /// [`Pager::resume`].
     Restart(Vec<std::ffi::OsString>),
-    /// It refuses all reads, and runs a program with its arguments that takes the mounts down.
+    /// It refuses all reads, and runs a program that takes the mounts down: its arguments, behind which the path of the
+    /// register is put, for [`crate::register::sweep_one`].
     Clean(Vec<std::ffi::OsString>),
 }
 
@@ -169,10 +170,12 @@ impl Inherited {
         self.files.values().map(|[data, _]| data.try_clone()).collect()
     }
 
-    /// Returns the register, whose name names what was mounted.
-    #[must_use]
-    pub fn register(&self) -> BorrowedFd<'_> {
-        self.register.as_fd()
+    /// Returns where the register is: what [`Pager::register`] said to the process that was killed.
+    ///
+    /// # Errors
+    /// Where `/proc` is not mounted.
+    pub fn register_path(&self) -> io::Result<PathBuf> {
+        std::fs::read_link(format!("/proc/self/fd/{}", self.register.as_raw_fd()))
     }
 
     /// Says whether any mount was up when the pager was killed. Where none is, there is nothing to go on with.
@@ -194,7 +197,11 @@ impl Pager {
         let journal = Journal::create(slots).map_err(PagerError::Journal)?;
         let mounts = Mounts::new(&journal).map_err(PagerError::Inotify)?;
         let register = Register::create(&options.register)?;
-        Self::run(Parts { group, journal, mounts, register, files: Files::default() }, Vec::new(), options, runtime)
+        let mut options = options.clone();
+        if let OnDeath::Clean(command) = &mut options.on_death {
+            command.push(register.path().into());
+        }
+        Self::run(Parts { group, journal, mounts, register, files: Files::default() }, Vec::new(), &options, runtime)
     }
 
     /// Goes on where a killed pager was: with its group, its marks, and its unanswered events.

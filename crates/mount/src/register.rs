@@ -137,12 +137,18 @@ impl Register {
         Ok(bytes)
     }
 
-    /// Removes it: nothing is mounted any more.
+    /// Removes it, with what its owner has put beside it (`NAME.*`): nothing is mounted any more.
     pub(crate) fn remove(&self) {
-        if let Err(error) = std::fs::remove_file(&self.path)
-            && error.kind() != io::ErrorKind::NotFound
-        {
-            tracing::warn!(file = %self.path.display(), %error, "the register of mounts stays");
+        let stem = self.path.file_stem().map(|stem| [stem.as_bytes(), b"."].concat()).unwrap_or_default();
+        let beside = self.path.parent().and_then(|folder| std::fs::read_dir(folder).ok()).into_iter().flatten();
+        let beside = beside.filter_map(|entry| entry.ok()).map(|entry| entry.path());
+        let beside = beside.filter(|path| path.file_name().is_some_and(|name| name.as_bytes().starts_with(&stem)));
+        for path in beside.filter(|path| *path != self.path).chain([self.path.clone()]) {
+            if let Err(error) = std::fs::remove_file(&path)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(file = %path.display(), %error, "the register of mounts stays");
+            }
         }
     }
 }
@@ -208,7 +214,7 @@ fn clean(mut register: Register, swept: &mut Swept) -> Result<(), RegisterError>
     };
     let mut whole = true;
     for mountpoint in mountpoints {
-        match rootfs::unmount_at(&mountpoint) {
+        match rootfs::unmount_of_the_dead(&mountpoint) {
             Ok(_) => swept.mountpoints.push(mountpoint),
             Err(crate::MountError::NotOurs { .. }) => {}
             Err(error) => {
@@ -250,8 +256,9 @@ mod tests {
         let attached = Register::attach(folder.path(), keeper.into()).unwrap();
         assert_eq!(attached.path(), path);
         drop(attached);
+        std::fs::write(path.with_extension("note"), "beside it").unwrap();
         assert_eq!(sweep(folder.path()).unwrap(), Swept::default(), "nothing is mounted there");
-        assert!(!path.exists());
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
     #[test]

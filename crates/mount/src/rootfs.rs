@@ -23,6 +23,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::Arc,
+    time::{Duration, Instant},
 };
 
 use loris_lazy::{LazyLayer, Store};
@@ -30,7 +31,6 @@ use rustix::{
     fs::{CWD, FlockOperation, Mode, OFlags},
     io::Errno,
 };
-use tempfile::TempDir;
 use tokio::runtime::Handle;
 
 use crate::{
@@ -44,11 +44,15 @@ use crate::{
 };
 
 mod lower;
+mod resume;
 
 use lower::{Lower, Parts};
 
 /// How the names of scratch directories begin.
 const SCRATCH: &str = "loris-rootfs.";
+
+/// How long a process that was killed may take to be gone.
+const DYING: Duration = Duration::from_secs(5);
 
 /// Whether, and where to, a root file system can be written.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -67,8 +71,7 @@ pub enum Access {
 pub enum Paging {
     /// Nothing: [`Engine::Fanotify`] is not used.
     None,
-    /// A pager of the root file system's own, with a keeper of its own. A command by which the keeper takes mounts down
-    /// gets the mount point as its last argument, for [`unmount_at`].
+    /// A pager of the root file system's own, with a keeper of its own.
     Own(PagerOptions),
     /// A pager that serves others too.
     Shared(Arc<Pager>),
@@ -182,6 +185,12 @@ impl RootFs {
         self.lower.as_ref().map_or(Engine::Fuse, Lower::engine)
     }
 
+    /// The pager that fills it, where there is one.
+    #[must_use]
+    pub fn pager(&self) -> Option<&Arc<Pager>> {
+        self.lower.as_ref().and_then(Lower::pager)
+    }
+
     /// Waits until somebody else has taken it down, as [`unmount_at`] does. It should be dropped then.
     pub async fn ended(&self) {
         if let Some(lower) = &self.lower {
@@ -227,6 +236,16 @@ impl Drop for RootFs {
 /// # Errors
 /// [`MountError::NotOurs`] where nothing of ours stands there; [`MountError::Unmount`] where the kernel refuses.
 pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
+    unmount_with(mountpoint, Duration::ZERO)
+}
+
+/// Does what [`unmount_at`] does, where the process that put it up was killed. The last of it may still be going: a
+/// descriptor that is closed before the one which locks the scratch directory can take the kernel milliseconds.
+pub(crate) fn unmount_of_the_dead(mountpoint: &Path) -> Result<Unmounted, MountError> {
+    unmount_with(mountpoint, DYING)
+}
+
+fn unmount_with(mountpoint: &Path, patience: Duration) -> Result<Unmounted, MountError> {
     let not_ours = || MountError::NotOurs { path: mountpoint.to_owned() };
     let mount = mounts::find(mountpoint)?.filter(mounts::MountInfo::is_loris).ok_or_else(not_ours)?;
     let mut unmounted = mounts::unmount(&mount.mountpoint)?;
@@ -240,9 +259,17 @@ pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
         beside.push(lower);
     }
     for directory in beside.iter().filter_map(|path| path.parent()).filter(|path| is_scratch(path)) {
-        if let Ok(Some(lock)) = lock(directory) {
-            remove(directory)?;
-            drop(lock);
+        let end = Instant::now() + patience;
+        loop {
+            match lock(directory) {
+                Ok(Some(lock)) => {
+                    remove(directory)?;
+                    drop(lock);
+                    break;
+                }
+                Ok(None) if Instant::now() < end => std::thread::sleep(Duration::from_millis(5)),
+                _ => break,
+            }
         }
     }
     Ok(unmounted)
@@ -310,11 +337,13 @@ fn in_user_namespace() -> bool {
     fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| !map.split_whitespace().eq(["0", "0", "4294967295"]))
 }
 
-/// A directory for one root file system, locked while it is in use.
+/// A directory for one root file system, locked while it is in use. Dropping it removes it, unless something is mounted
+/// below it.
 #[derive(Debug)]
 struct Scratch {
-    directory: TempDir,
+    path: PathBuf,
     _lock: OwnedFd,
+    removed: bool,
 }
 
 impl Scratch {
@@ -325,11 +354,19 @@ impl Scratch {
         let directory = tempfile::Builder::new().prefix(SCRATCH).tempdir_in(parent).map_err(failed)?;
         let lock = lock(directory.path()).map_err(failed)?;
         let lock = lock.ok_or_else(|| failed(io::ErrorKind::ResourceBusy.into()))?;
-        Ok(Self { directory, _lock: lock })
+        // Not left to `TempDir`, which would go on into what is still mounted.
+        Ok(Self { path: directory.keep(), _lock: lock, removed: false })
+    }
+
+    /// Takes over that of a process that was killed.
+    fn adopt(path: PathBuf) -> Result<Self, MountError> {
+        let failed = |source: io::Error| MountError::Scratch { path: path.clone(), source };
+        let lock = lock(&path).map_err(failed)?.ok_or_else(|| failed(io::ErrorKind::ResourceBusy.into()))?;
+        Ok(Self { path, _lock: lock, removed: false })
     }
 
     fn path(&self) -> &Path {
-        self.directory.path()
+        &self.path
     }
 
     fn directory(&self, name: &str) -> Result<PathBuf, MountError> {
@@ -338,9 +375,19 @@ impl Scratch {
         made.map(|()| path.clone()).map_err(|source| MountError::Scratch { path, source })
     }
 
-    fn remove(self) -> Result<(), MountError> {
-        // Not by `TempDir`, which would go on into what is still mounted.
-        remove(&self.directory.keep())
+    fn remove(mut self) -> Result<(), MountError> {
+        self.removed = true;
+        remove(&self.path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        if !self.removed
+            && let Err(error) = remove(&self.path)
+        {
+            tracing::warn!(%error, "a directory is left behind");
+        }
     }
 }
 

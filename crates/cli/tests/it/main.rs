@@ -9,6 +9,7 @@ mod away;
 mod bad_input;
 mod containerd;
 mod content;
+mod crash;
 mod debian;
 mod engines;
 mod harness;

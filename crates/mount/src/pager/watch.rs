@@ -141,12 +141,12 @@ pub struct Watch {
     pager: Arc<Inner>,
     files: Vec<FileId>,
     mount: Option<(i32, watch::Receiver<bool>)>,
-    mountpoint: Option<PathBuf>,
+    mountpoints: Vec<PathBuf>,
 }
 
 impl Watch {
     pub(super) fn new(pager: Arc<Inner>) -> Self {
-        Self { pager, files: Vec::new(), mount: None, mountpoint: None }
+        Self { pager, files: Vec::new(), mount: None, mountpoints: Vec::new() }
     }
 
     pub(super) fn add(&mut self, layer: &Arc<LazyLayer>) -> Result<(), PagerError> {
@@ -166,14 +166,16 @@ impl Watch {
         Ok(())
     }
 
-    /// Notes at which directory users find the mount, for those who have to take it down where both processes were
-    /// killed.
+    /// Notes at which directories the mount is to be found, the uppermost first, for those who have to take it down where
+    /// this process was killed.
     ///
     /// # Errors
     /// Where it cannot be written.
-    pub fn attached(&mut self, mountpoint: &Path) -> Result<(), PagerError> {
-        self.pager.register().add(mountpoint)?;
-        self.mountpoint = Some(mountpoint.to_owned());
+    pub fn attached(&mut self, mountpoints: &[PathBuf]) -> Result<(), PagerError> {
+        for mountpoint in mountpoints {
+            self.pager.register().add(mountpoint)?;
+            self.mountpoints.push(mountpoint.clone());
+        }
         Ok(())
     }
 
@@ -209,10 +211,10 @@ impl Drop for Watch {
         if let Some(files) = files {
             self.pager.release(&files);
         }
-        if let Some(mountpoint) = &self.mountpoint
-            && let Err(error) = self.pager.register().forget(mountpoint)
-        {
-            tracing::warn!(%error, "a mount that is gone stays registered");
+        for mountpoint in &self.mountpoints {
+            if let Err(error) = self.pager.register().forget(mountpoint) {
+                tracing::warn!(%error, "a mount that is gone stays registered");
+            }
         }
     }
 }

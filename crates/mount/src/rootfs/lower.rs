@@ -28,10 +28,10 @@ use crate::{
         devices::{Device, DeviceMount},
     },
     mounts::Unmounted,
-    pager::{OnDeath, Pager, Watch},
+    pager::{Pager, Watch},
 };
 
-use super::Paging;
+use super::{Paging, resume::shown};
 
 /// What a tree is made of.
 pub(super) struct Parts<'a> {
@@ -88,13 +88,7 @@ impl Lower {
     fn fanotify(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
         let pager = match parts.pager {
             Paging::Shared(pager) => Arc::clone(pager),
-            Paging::Own(options) => {
-                let mut options = options.clone();
-                if let OnDeath::Clean(command) = &mut options.on_death {
-                    command.push(parts.shown_at.into());
-                }
-                Arc::new(Pager::start(&options, parts.runtime)?)
-            }
+            Paging::Own(options) => Arc::new(Pager::start(options, parts.runtime)?),
             Paging::None => {
                 let (engine, reason) = (Engine::Fanotify, "no pager was given".to_owned());
                 return Err(MountError::Engine { engine, reason });
@@ -106,12 +100,21 @@ impl Lower {
         let mut watch = pager.watch(parts.layers)?;
         let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?;
         watch.mounted(erofs.root())?;
-        watch.attached(parts.shown_at)?;
-        if at != parts.shown_at {
-            // Below the other one: it is taken down with that, or by itself where that is not there yet.
-            watch.attached(at)?;
-        }
+        watch.attached(&shown(parts.shown_at, at))?;
         Ok(Self::Fanotify(erofs.attach(at)?, watch, pager))
+    }
+
+    /// Takes over a tree that is mounted.
+    pub(super) fn resume(
+        layers: &[Arc<LazyLayer>],
+        pager: Arc<Pager>,
+        at: &Path,
+        shown_at: &Path,
+    ) -> Result<Self, MountError> {
+        let mut watch = pager.watch(layers)?;
+        let erofs = ErofsMount::adopt(at, |root| watch.mounted(root))?;
+        watch.attached(&shown(shown_at, at))?;
+        Ok(Self::Fanotify(erofs, watch, pager))
     }
 
     fn erofs_fuse(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
@@ -158,6 +161,13 @@ impl Lower {
             Self::Fuse(_) => Engine::Fuse,
             Self::Fanotify(..) => Engine::Fanotify,
             Self::ErofsFuse(..) => Engine::ErofsFuse,
+        }
+    }
+
+    pub(super) fn pager(&self) -> Option<&Arc<Pager>> {
+        match self {
+            Self::Fanotify(_, _, pager) => Some(pager),
+            Self::Fuse(_) | Self::ErofsFuse(..) => None,
         }
     }
 

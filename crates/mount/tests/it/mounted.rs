@@ -3,9 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    os::unix::{
-        fs::{DirEntryExt as _, MetadataExt as _, PermissionsExt as _},
-    },
+    os::unix::fs::{DirEntryExt as _, MetadataExt as _, PermissionsExt as _},
     path::Path,
 };
 

@@ -1,0 +1,279 @@
+//! Processes that are killed under a mount's readers, who must not notice.
+
+use std::{
+    fs,
+    io::Read as _,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::{
+    debian,
+    harness::{LIMIT, Place, have, mounted_in, ok},
+    image, layout,
+    ours_to_peers::convert,
+};
+
+/// Processes that read.
+const READERS: usize = 8;
+/// Each with an empty cache.
+const ROUNDS: usize = 5;
+const KILLS: usize = 10;
+
+/// Whether the engine works here that survives its processes; says so where not.
+pub fn can_page(test: &str, place: &Place) -> bool {
+    let report = ok(&mut place.loris("doctor --json")).json();
+    let engine = &report["engines"].as_array().unwrap()[0];
+    if engine["works"] != true {
+        loris_testkit::skip(test, engine["reason"].as_str().unwrap());
+        return false;
+    }
+    true
+}
+
+/// A large image, what it must look like, and a place for its mounts.
+struct Scene {
+    place: Place,
+    name: String,
+    truth: PathBuf,
+}
+
+impl Scene {
+    fn new(test: &str) -> Option<Self> {
+        if !have(test, &["python3"]) {
+            return None;
+        }
+        let large = debian::large(test)?;
+        let place = Place::new();
+        if !can_page(test, &place) {
+            return None;
+        }
+        let converted = convert(&place, large, "converted", &[]);
+        let truth = layout::unpack(large, "t", &place.join("bundle"));
+        Some(Self { name: format!("oci:{}:t", converted.display()), place, truth })
+    }
+
+    fn mount(&self, program: &Path, round: usize) -> PathBuf {
+        let at = self.place.make(&format!("mnt-{round}"));
+        let mut command = self.place.command(program);
+        command.args(["mount", "--engine", "fanotify", "--cache-dir"]);
+        command.arg(self.place.join(&format!("cache-{round}"))).arg(&self.name).arg(&at);
+        ok(&mut command);
+        at
+    }
+
+    fn readers(&self, at: &Path) -> Readers {
+        let stop = self.place.join("stop");
+        let _ = fs::remove_file(&stop);
+        let reader = |seed: usize| {
+            Command::new("python3")
+                .args(["-c", include_str!("crash.py")])
+                .arg(at)
+                .arg(&self.truth)
+                .arg(seed.to_string())
+                .arg(&stop)
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .unwrap()
+        };
+        let mut children: Vec<Child> = (0..READERS).map(reader).collect();
+        for child in &mut children {
+            let mut said = [0; 8];
+            child.stdout.as_mut().unwrap().read_exact(&mut said).unwrap();
+            assert_eq!(&said, b"reading\n");
+        }
+        Readers { children, stop }
+    }
+
+    /// Everything, once more, from beginning to end.
+    fn compare_all(&self, at: &Path) {
+        let mut diff = Command::new("diff");
+        ok(diff.args(["-r", "--no-dereference", "-x", "dev"]).arg(&self.truth).arg(at));
+    }
+
+    fn unmount(&self, at: &Path) {
+        ok(self.place.loris("umount").arg(at));
+        self.place.assert_clean();
+    }
+}
+
+struct Readers {
+    children: Vec<Child>,
+    stop: PathBuf,
+}
+
+impl Readers {
+    /// Lets all of them end, none of whom may have met anything odd.
+    fn finish(self) {
+        fs::write(&self.stop, "").unwrap();
+        let end = Instant::now() + LIMIT;
+        let mut reads = 0;
+        for mut child in self.children {
+            while child.try_wait().unwrap().is_none() {
+                if Instant::now() > end {
+                    child.kill().unwrap();
+                    panic!("a reader hangs");
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            let output = child.wait_with_output().unwrap();
+            let (said, wrong) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{wrong}");
+            reads += said.trim().parse::<usize>().unwrap();
+        }
+        assert!(reads > READERS, "only {reads} reads");
+    }
+}
+
+/// The processes that serve the mount at a directory, or their keepers.
+fn serving(at: &Path, keepers: bool) -> Vec<Pid> {
+    let processes = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let ids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    ids.filter(|id: &i32| {
+        let line = fs::read(format!("/proc/{id}/cmdline")).unwrap_or_default();
+        let words: Vec<&[u8]> = line.split(|&byte| byte == 0).collect();
+        let is_keeper = words.get(1).is_some_and(|word| *word == b"mount-keeper");
+        let is_server = words.get(1).is_some_and(|word| *word == b"mount");
+        let about = words.iter().any(|word| *word == std::os::unix::ffi::OsStrExt::as_bytes(at.as_os_str()));
+        about && (if keepers { is_keeper } else { is_server })
+    })
+    .filter_map(Pid::from_raw)
+    .collect()
+}
+
+/// Waits for a process that serves a mount, which is not one of those `before`.
+fn server(at: &Path, keeper: bool, before: &[Pid]) -> Pid {
+    let end = Instant::now() + LIMIT;
+    loop {
+        if let Some(&found) = serving(at, keeper).iter().find(|found| !before.contains(found)) {
+            return found;
+        }
+        assert!(Instant::now() < end, "nobody serves {} any more", at.display());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Kills whoever serves, so many times, at moments that are nowhere the same.
+fn kill(at: &Path, keeper: bool, times: usize, seed: usize) {
+    let mut dead = Vec::new();
+    let mut state = seed as u64 + 1;
+    for _ in 0..times {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        std::thread::sleep(Duration::from_millis((state >> 33) % 250));
+        let victim = server(at, keeper, &dead);
+        // Where both are killed in the same instant, nobody is left to keep the readers waiting: not meant here.
+        server(at, !keeper, &[]);
+        kill_process(victim, Signal::KILL).unwrap();
+        dead.push(victim);
+    }
+    server(at, keeper, &dead);
+}
+
+#[test]
+fn readers_do_not_notice_that_the_daemon_is_killed() {
+    let Some(scene) = Scene::new("readers_do_not_notice_that_the_daemon_is_killed") else { return };
+    for round in 0..ROUNDS {
+        let at = scene.mount(Path::new(crate::harness::LORIS), round);
+        let readers = scene.readers(&at);
+        kill(&at, false, KILLS, round);
+        readers.finish();
+        if round + 1 == ROUNDS {
+            scene.compare_all(&at);
+        }
+        scene.unmount(&at);
+        fs::remove_dir_all(scene.place.join(&format!("cache-{round}"))).unwrap();
+    }
+}
+
+#[test]
+fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
+    let test = "readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded";
+    let Some(scene) = Scene::new(test) else { return };
+    let at = scene.mount(Path::new(crate::harness::LORIS), 0);
+    let readers = scene.readers(&at);
+    kill(&at, true, KILLS, 7);
+    readers.finish();
+    scene.unmount(&at);
+
+    // The program is replaced while it serves, as a package's upgrade does; its process is ended, and the new one goes on.
+    let program = scene.place.join("loris");
+    fs::copy(crate::harness::LORIS, &program).unwrap();
+    let at = scene.mount(&program, 1);
+    let readers = scene.readers(&at);
+    let old = server(&at, false, &[]);
+    let new = scene.place.join("loris.new");
+    fs::copy(crate::harness::LORIS, &new).unwrap();
+    fs::rename(&new, &program).unwrap();
+    kill_process(old, Signal::KILL).unwrap();
+    let successor = server(&at, false, &[old]);
+    let running = fs::read_link(format!("/proc/{}/exe", successor.as_raw_nonzero())).unwrap();
+    assert_eq!(running, program.canonicalize().unwrap(), "not the old one, which is deleted");
+    let keeper = server(&at, true, &[]);
+    readers.finish();
+    let end = Instant::now() + LIMIT;
+    while fs::read_link(format!("/proc/{}/exe", keeper.as_raw_nonzero())).is_ok_and(|exe| exe != running) {
+        // The old keeper is dismissed as soon as there is a new one.
+        assert!(Instant::now() < end, "the keeper is an old one");
+        std::thread::sleep(Duration::from_millis(5));
+        if serving(&at, true).first() != Some(&keeper) {
+            break;
+        }
+    }
+    scene.compare_all(&at);
+    scene.unmount(&at);
+}
+
+#[test]
+fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
+    let test = "a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
+    if !can_page(test, &place) {
+        return;
+    }
+    let converted = convert(&place, small, "converted", &[]);
+    let name = format!("oci:{}:t", converted.display());
+    for flags in [&[][..], &["--rw"]] {
+        let at = place.make(&format!("mnt{}", flags.concat()));
+        ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
+        let both = [server(&at, false, &[]), server(&at, true, &[])];
+        // Stopped first, so that neither sees the other one die.
+        both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
+        both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+        assert!(mounted_in(place.path()).contains(&at));
+        let other = place.make("other");
+        ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
+        assert_eq!(mounted_in(place.path()), [other.clone()], "the dead one is gone");
+        ok(place.loris("umount").arg(&other));
+        place.assert_clean();
+    }
+}
+
+#[test]
+fn a_container_dies_with_its_owner_and_leaves_nothing() {
+    let test = "a_container_dies_with_its_owner_and_leaves_nothing";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
+    if !can_page(test, &place) {
+        return;
+    }
+    let _alone = crate::harness::containers();
+    let converted = convert(&place, small, "converted", &[]);
+    let mut command = place.loris("run --net none --engine fanotify");
+    command.arg(format!("oci:{}:t", converted.display())).args(["/bin/sh", "-c", "echo up; read nothing"]);
+    let mut owner = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut line = String::new();
+    std::io::BufRead::read_line(&mut std::io::BufReader::new(owner.stdout.as_mut().unwrap()), &mut line).unwrap();
+    assert!(!mounted_in(place.path()).is_empty(), "{line}");
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    let end = Instant::now() + LIMIT;
+    while !mounted_in(place.path()).is_empty() && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    place.assert_clean();
+}

@@ -6,6 +6,7 @@
 //! | 1 | failed, or `verify` found faults |
 //! | 2 | the command line is wrong |
 //! | 3 | a policy said no: content that nothing vouches for |
+//! | 129, 130, 143 | SIGHUP, SIGINT or SIGTERM came first; what was under way is cleaned up |
 //! | other | of `run`: the container's, or as `docker run` has it 125 (not started), 126 (not executable), 127 (not found) |
 
 use std::process::ExitCode;
@@ -18,6 +19,8 @@ pub(crate) enum Outcome {
     FoundFaults,
     /// The status of a container.
     Container(u8),
+    /// A signal came, and what was under way was given up: 128 and its number.
+    Interrupted(u8),
 }
 
 /// A failure that is a decision of a policy, not an accident: status 3.
@@ -52,7 +55,7 @@ pub(crate) fn exit(outcome: Result) -> ExitCode {
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::FoundFaults) => ExitCode::FAILURE,
-        Ok(Outcome::Container(status)) => ExitCode::from(status),
+        Ok(Outcome::Container(status) | Outcome::Interrupted(status)) => ExitCode::from(status),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             print(&error);

@@ -22,15 +22,19 @@ mod mount;
 mod opened;
 mod progress;
 mod run;
+mod signals;
 mod stage;
 mod table;
 mod verify;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{access::Access, failure::Outcome};
+use crate::{access::Access, failure::Outcome, signals::unless_signalled};
+
+/// How long threads get to see that what they work for was given up. They look every few milliseconds.
+const STOPPING: Duration = Duration::from_secs(5);
 
 /// Starts containers before their images are pulled.
 #[derive(Parser)]
@@ -132,12 +136,12 @@ fn main() -> ExitCode {
         }
     };
     let outcome = match arguments.verb {
-        Verb::Copy(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Pull(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Push(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Save(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Load(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Convert(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Copy(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Pull(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Push(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Save(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Load(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Convert(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Inspect(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Fs(command) => runtime.block_on(command.run(&global)),
         Verb::Verify(arguments) => runtime.block_on(arguments.run(&global)),
@@ -147,11 +151,16 @@ fn main() -> ExitCode {
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
-        Verb::Demo(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Demo(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Completion { .. } | Verb::OciRuntime(_) => Ok(Outcome::Done),
     };
     // Background work that is still under way (a prefetch nobody waits for) must not hold up the exit.
-    runtime.shutdown_background();
+    if matches!(outcome, Ok(Outcome::Interrupted(_))) {
+        // Work that was given up has temporary files.
+        runtime.shutdown_timeout(STOPPING);
+    } else {
+        runtime.shutdown_background();
+    }
     failure::exit(outcome)
 }
 

@@ -16,6 +16,7 @@ use loris_container::{
 };
 use loris_lazy::{FetchPolicy, Store};
 use loris_mount::rootfs::{self, RootFs, RootFsOptions};
+use loris_oci::document::ProcessConfig;
 
 use crate::{
     Global,
@@ -24,6 +25,7 @@ use crate::{
     failure::{self, Outcome, Usage},
     opened::{Looked, OpenLazily, Opened},
     progress::Bars,
+    signals::{self, Ignored},
 };
 
 mod full;
@@ -113,9 +115,10 @@ enum Root {
 impl RunArguments {
     pub(crate) async fn run(self, global: &Global) -> failure::Result {
         // Before anything is mounted, so that no signal finds it without its handler.
+        let ignored = Ignored::now();
         let signals = forwarded_signals().context("taking signals")?;
-        match self.start(global, signals).await {
-            Ok(status) => Ok(Outcome::Container(status)),
+        match self.start(global, signals, ignored).await {
+            Ok(outcome) => Ok(outcome),
             Err(error) if error.is::<Usage>() || error.is::<failure::Refused>() => Err(error),
             Err(error) => {
                 failure::print(&error);
@@ -127,18 +130,30 @@ impl RunArguments {
     async fn start(
         self,
         global: &Global,
-        signals: tokio::sync::mpsc::Receiver<rustix::process::Signal>,
-    ) -> anyhow::Result<u8> {
+        mut signals: tokio::sync::mpsc::Receiver<rustix::process::Signal>,
+        ignored: Ignored,
+    ) -> failure::Result {
         let runtime = self.find_runtime()?;
         let store = self.open.store()?;
-        let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
-        let process = looked.image.config.config.clone();
-        let root = self.root(global, looked, &store).await?;
+        // There is no container yet that a signal could be meant for: it ends us, and what is half made is taken down.
+        let (process, root) = tokio::select! {
+            biased;
+            status = signals::ending(&mut signals, ignored) => return Ok(Outcome::Interrupted(status)),
+            prepared = self.prepare(global, &store) => prepared?,
+        };
         let streams = Streams::inherited().context("taking standard streams")?;
         let container = Container::new(&process, &self.wishes(), root.path(), &|name| std::env::var(name).ok())?;
         let status = Runner::new(runtime).run(container, streams, signals).await?;
         root.take_down().await?;
-        Ok(status)
+        Ok(Outcome::Container(status))
+    }
+
+    /// Opens the image and makes a root file system of it.
+    async fn prepare(&self, global: &Global, store: &Store) -> anyhow::Result<(ProcessConfig, Root)> {
+        let looked = Looked::open(global, &self.image, &self.platform, &self.open, store, FetchPolicy::MOUNT).await?;
+        let process = looked.image.config.config.clone();
+        let root = self.root(global, looked, store).await?;
+        Ok((process, root))
     }
 
     async fn root(&self, global: &Global, looked: Looked, store: &Store) -> anyhow::Result<Root> {

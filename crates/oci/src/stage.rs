@@ -37,6 +37,9 @@ pub(crate) struct Stage {
     /// Whether a blob must be on the disk, and not only on its way there, when it counts as taken.
     durable: bool,
     blobs: Mutex<BTreeMap<Digest, Staged>>,
+    /// Whether the directory is being removed. Held while a file is renamed in it: one that changes its name meanwhile
+    /// could be missed.
+    closed: Arc<Mutex<bool>>,
 }
 
 /// A blob in a [`Stage`].
@@ -56,7 +59,14 @@ impl Stage {
         let directory = tempfile::Builder::new().prefix(PREFIX).tempdir_in(parent);
         let directory = directory.map_err(|source| file_error(parent, source))?;
         let lock = lock(directory.path());
-        Ok(Self { directory, _lock: lock, place: place.into(), durable, blobs: Mutex::default() })
+        Ok(Self {
+            directory,
+            _lock: lock,
+            place: place.into(),
+            durable,
+            blobs: Mutex::default(),
+            closed: Arc::default(),
+        })
     }
 
     pub(crate) fn directory(&self) -> &Path {
@@ -126,6 +136,13 @@ impl Stage {
     }
 }
 
+impl Drop for Stage {
+    fn drop(&mut self) {
+        // Threads may still write for a future that was dropped.
+        *self.closed.lock().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+}
+
 /// Writes one blob to a temporary file and refuses what does not fit its descriptor.
 struct Writer {
     file: NamedTempFile,
@@ -136,6 +153,7 @@ struct Writer {
     size: u64,
     written: u64,
     durable: bool,
+    closed: Arc<Mutex<bool>>,
 }
 
 impl Writer {
@@ -150,6 +168,7 @@ impl Writer {
             size: descriptor.size,
             written: 0,
             durable: stage.durable,
+            closed: stage.closed.clone(),
         })
     }
 
@@ -174,6 +193,10 @@ impl Writer {
         check_digest(self.hasher, &self.digest, &self.place)?;
         if self.durable {
             self.file.as_file().sync_all().map_err(|source| file_error(self.file.path(), source))?;
+        }
+        let closed = self.closed.lock().unwrap_or_else(PoisonError::into_inner);
+        if *closed {
+            return Err(file_error(&self.target, std::io::Error::other("the image was given up")));
         }
         self.file.persist(&self.target).map_err(|error| file_error(&self.target, error.error))?;
         Ok((self.digest, Staged { path: self.target, size: self.size }))

@@ -4,7 +4,8 @@
 use std::{
     io::{self, Read},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, mpsc},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -20,12 +21,17 @@ use loris_mount::{
     unpack::unpack_layer,
 };
 use loris_oci::{Descriptor, ImageSource};
+use tokio::sync::watch;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 
 use crate::progress::Bars;
 
 /// Layers that are fetched and unpacked at the same time: as many as containerd and Docker do.
 const SIDE_BY_SIDE: usize = 3;
+
+/// How long threads that unpack are waited for when they are stopped: longer than any of them goes without a look at
+/// its input.
+const STOPPING: Duration = Duration::from_secs(10);
 
 /// The root file system of an image that was pulled whole; what is written to it goes with it.
 pub(super) struct Unpacked {
@@ -43,11 +49,13 @@ impl Unpacked {
         bars: &Arc<Bars>,
     ) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("loris-pulled.").tempdir().context("making a temporary folder")?;
+        let work = Work::start();
         let unpacking = layers.iter().zip(diff_ids).enumerate().map(|(number, (layer, diff_id))| {
             let target = folder.path().join(format!("layer{number}"));
-            unpack(source.clone(), layer.clone(), *diff_id, target, bars.clone())
+            unpack(source.clone(), layer.clone(), *diff_id, target, bars.clone(), work.share())
         });
         let mut lower: Vec<PathBuf> = stream::iter(unpacking).buffered(SIDE_BY_SIDE).try_collect().await?;
+        drop(work);
         // Overlayfs wants the uppermost first; the empty one lets it have two, as it must.
         lower.reverse();
         let make = |name: &str| -> io::Result<PathBuf> {
@@ -78,13 +86,17 @@ async fn unpack(
     diff_id: DiffId,
     target: PathBuf,
     bars: Arc<Bars>,
+    share: Share,
 ) -> Result<PathBuf> {
     std::fs::create_dir(&target)?;
-    let blob = bars.watch(&layer, source.blob(&layer).await?);
+    let Share { mut given_up, running } = share;
+    let given_up = async move { given_up.wait_for(|given_up| *given_up).await.map(drop) };
+    let blob = bars.watch(&layer, source.blob(&layer).await?).take_until(Box::pin(given_up));
     let reader = SyncIoBridge::new(StreamReader::new(blob.map_err(io::Error::other)));
     let digest = layer.digest;
     let unpacked = target.clone();
     tokio::task::spawn_blocking(move || {
+        let _running = running;
         let limits = Limits::default();
         let decoded = compression::Decoder::new(reader)?;
         let mut hashed = Hashed { inner: decoded, hasher: diff_id.0.hasher() };
@@ -98,6 +110,40 @@ async fn unpack(
     .await?
     .with_context(|| format!("unpacking layer {digest}"))?;
     Ok(target)
+}
+
+/// Work of threads that write below a folder. When it is dropped, their input ends, and they are waited for: what they
+/// would still write could not be removed.
+struct Work {
+    given_up: watch::Sender<bool>,
+    running: mpsc::Sender<()>,
+    ended: mpsc::Receiver<()>,
+}
+
+/// What each of the threads has of it.
+struct Share {
+    given_up: watch::Receiver<bool>,
+    running: mpsc::Sender<()>,
+}
+
+impl Work {
+    fn start() -> Self {
+        let (running, ended) = mpsc::channel();
+        Self { given_up: watch::Sender::new(false), running, ended }
+    }
+
+    fn share(&self) -> Share {
+        Share { given_up: self.given_up.subscribe(), running: self.running.clone() }
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        self.given_up.send_replace(true);
+        self.running = mpsc::channel().0;
+        // An error is what is waited for: nobody is left who could send.
+        let _ = self.ended.recv_timeout(STOPPING);
+    }
 }
 
 struct Hashed<R> {

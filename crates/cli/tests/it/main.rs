@@ -19,3 +19,4 @@ mod ours_to_peers;
 mod peers_to_ours;
 mod podman;
 mod rootfs;
+mod stopped;

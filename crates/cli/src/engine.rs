@@ -38,15 +38,16 @@ impl EngineArgument {
     /// Takes down the mounts of processes that were killed together with their keepers, so that nobody reads from them.
     pub(crate) fn paging(self) -> Paging {
         let Ok(program) = std::env::current_exe() else { return Paging::None };
-        self.paging_with(OnDeath::Clean(vec![program.into(), SWEEP_VERB.into()]), None)
+        self.paging_with(OnDeath::Clean(vec![program.into(), SWEEP_VERB.into()]), None, None)
     }
 
-    /// Does the same for a mount that outlives its process: a successor is started, with the same arguments.
-    pub(crate) fn restarting(self, log: Option<PathBuf>) -> Paging {
-        self.paging_with(restart(), log)
+    /// Does the same for a mount that outlives its process: a successor is started, with the same arguments, and finds the
+    /// note.
+    pub(crate) fn restarting(self, note: Vec<u8>, log: PathBuf) -> Paging {
+        self.paging_with(restart(), Some(note), Some(log))
     }
 
-    fn paging_with(self, on_death: OnDeath, log: Option<PathBuf>) -> Paging {
+    fn paging_with(self, on_death: OnDeath, note: Option<Vec<u8>>, log: Option<PathBuf>) -> Paging {
         if self.engine.is_some_and(|engine| engine != Engine::Fanotify) || !rustix::process::geteuid().is_root() {
             return Paging::None;
         }
@@ -58,13 +59,13 @@ impl EngineArgument {
             }
             Err(error) => tracing::warn!(%error, "what killed processes have left is not looked for"),
         }
-        Paging::Own(self.pager_options(on_death, log))
+        Paging::Own(PagerOptions { note, ..self.pager_options(on_death, log) })
     }
 
     /// Returns how a pager is run.
     pub(crate) fn pager_options(self, on_death: OnDeath, log: Option<PathBuf>) -> PagerOptions {
         let patience = Duration::from_secs(self.read_timeout);
-        PagerOptions { patience, register: REGISTER.into(), on_death, keeper: None, log }
+        PagerOptions { patience, register: REGISTER.into(), on_death, keeper: None, note: None, log }
     }
 
     /// Returns it as arguments of another process of this program.

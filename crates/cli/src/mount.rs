@@ -104,7 +104,6 @@ impl MountArguments {
     async fn mount(&self, global: &Global, background: bool) -> anyhow::Result<Mounted> {
         let store = self.open.store()?;
         let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::MOUNT).await?;
-        let document = looked.document;
         let opened = Opened::from_looked(looked.image, &self.image)?;
         let access = match (&self.upper, self.rw) {
             (Some(directory), _) => Access::Keep(std::path::absolute(directory)?),
@@ -112,7 +111,11 @@ impl MountArguments {
             (None, false) => Access::ReadOnly,
         };
         // Whoever waits for a process in the foreground wants to hear of its end, and not have another one.
-        let pager = if background { self.engine.restarting(Some(self.log())) } else { self.engine.paging() };
+        let pager = if background {
+            self.engine.restarting(resume::note(&looked.document)?, self.log())
+        } else {
+            self.engine.paging()
+        };
         let options = RootFsOptions {
             mountpoint: Some(self.directory.clone()),
             access,
@@ -123,17 +126,13 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
-        let note = match root.pager() {
-            Some(pager) if background => Some(resume::note(&pager.register(), &document)?),
-            _ => None,
-        };
-        Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec(), _note: note })
+        Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec() })
     }
 
     /// Goes on where a process was killed that had been started with the same arguments. What is here is read without the
     /// registry.
     async fn take_over(&self, global: &Global, inherited: Inherited) -> anyhow::Result<Mounted> {
-        let (document, note) = resume::noted(&inherited.register_path()?)?;
+        let document = resume::manifest(&inherited.note()?)?;
         let store = self.open.store()?;
         for data in inherited.data_files()? {
             store.adopt(data)?;
@@ -148,7 +147,7 @@ impl MountArguments {
         let pager = Arc::new(pager);
         let root = RootFs::resume(&self.directory, &layers, Arc::clone(&pager))
             .with_context(|| format!("taking over {}", self.directory.display()))?;
-        Ok(Mounted { root, pager: Some(pager), layers, _note: Some(note) })
+        Ok(Mounted { root, pager: Some(pager), layers })
     }
 
     /// Where a process in the background writes its log.
@@ -163,7 +162,6 @@ struct Mounted {
     root: Option<RootFs>,
     pager: Option<Arc<Pager>>,
     layers: Vec<Arc<LazyLayer>>,
-    _note: Option<resume::Note>,
 }
 
 impl Mounted {

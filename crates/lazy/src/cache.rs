@@ -17,7 +17,7 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
-        Mutex, PoisonError,
+        Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
@@ -48,6 +48,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 pub(crate) struct LayerCache {
     directory: PathBuf,
     data: File,
+    /// Used in place of `data` as soon as it is there.
+    filler: OnceLock<File>,
     file_length: u64,
     layout: [u8; 32],
     filled: FilledMap,
@@ -116,6 +118,7 @@ impl LayerCache {
         Ok(Self {
             directory: directory.to_owned(),
             data,
+            filler: OnceLock::new(),
             file_length: expected.file_length(),
             layout: expected.layout,
             filled,
@@ -170,7 +173,29 @@ impl LayerCache {
     }
 
     pub(crate) fn data(&self) -> &File {
-        &self.data
+        self.filler.get().unwrap_or(&self.data)
+    }
+
+    /// Uses another descriptor of the data file from now on. Only the first one that is offered is taken.
+    pub(crate) fn fill_through(&self, data: File) -> io::Result<()> {
+        if !is_same_file(&data, &self.data)? {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not the layer's data file"));
+        }
+        let _ = self.filler.set(data);
+        Ok(())
+    }
+
+    /// Takes over what other processes have filled of `extents` meanwhile.
+    pub(crate) fn refresh(&self, extents: impl IntoIterator<Item = usize>) -> io::Result<()> {
+        self.filled.refresh(extents)?;
+        self.tell_if_complete();
+        Ok(())
+    }
+
+    fn tell_if_complete(&self) {
+        if self.filled.count() == self.filled.extents() {
+            self.complete.send_replace(true);
+        }
     }
 
     pub(crate) fn lock(&self) -> &File {
@@ -193,15 +218,13 @@ impl LayerCache {
 
     /// Writes content to its place. It counts only once its extent is published.
     pub(crate) fn write(&self, at: DataOffset, bytes: &[u8]) -> io::Result<()> {
-        self.data.write_all_at(bytes, at.0)
+        self.data().write_all_at(bytes, at.0)
     }
 
     /// Makes extents count whose `bytes` of content were verified and written.
     pub(crate) fn publish(&self, extents: impl IntoIterator<Item = usize>, bytes: u64) -> io::Result<()> {
         self.filled.publish(extents)?;
-        if self.filled.count() == self.filled.extents() {
-            self.complete.send_replace(true);
-        }
+        self.tell_if_complete();
         if self.unsynced_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) >= SYNC_BYTES {
             self.sync_wanted.store(true, Ordering::Relaxed);
         }
@@ -223,9 +246,10 @@ impl LayerCache {
         if volatile.is_empty() {
             return Ok(());
         }
-        match self.data.sync_data() {
+        match self.data().sync_data() {
             Ok(()) => self.filled.make_durable(&volatile),
             Err(error) => {
+                self.complete.send_replace(false);
                 self.filled.forget_volatile(&volatile)?;
                 Err(error)
             }
@@ -236,13 +260,13 @@ impl LayerCache {
     ///
     /// Looked at before each write, which would make the file longer and the cut a hole that reads as zeros.
     pub(crate) fn check_length(&self, index: &LayerIndex) -> io::Result<()> {
-        let found = self.data.metadata()?.len();
+        let found = self.data().metadata()?.len();
         if found < self.file_length {
             tracing::warn!(file = %self.directory.join("data").display(), found, expected = self.file_length,
                 "the data file was cut; what is gone will be fetched again");
             self.complete.send_replace(false);
             self.filled.forget(index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))))?;
-            lengthen(&self.data, self.file_length)?;
+            lengthen(self.data(), self.file_length)?;
         }
         Ok(())
     }

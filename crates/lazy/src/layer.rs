@@ -171,7 +171,7 @@ impl LazyLayer {
         }
         let missing = || extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
-        self.cache.filled().refresh(missing()).map_err(|error| self.file_error(error))?;
+        self.cache.refresh(missing()).map_err(|error| self.file_error(error))?;
         let mut frames: Vec<FrameId> = missing().map(|extent| self.extent(extent).frame).collect();
         frames.sort_unstable();
         frames.dedup();
@@ -224,6 +224,15 @@ impl LazyLayer {
     /// Where the file can't be looked at or repaired.
     pub fn check_length(&self) -> Result<(), EnsureError> {
         self.cache.check_length(&self.index).map_err(|error| self.file_error(error))
+    }
+
+    /// Fills the data file through another descriptor of it from now on: one for whose writes nobody is asked, where a
+    /// pager watches the file. Only the first one that is offered is taken.
+    ///
+    /// # Errors
+    /// Where it is another file.
+    pub fn fill_through(&self, data: File) -> io::Result<()> {
+        self.cache.fill_through(data)
     }
 
     /// Returns the files that hold the layer's place in the store while its process is away: the data file, and the lock
@@ -317,7 +326,7 @@ impl LazyLayer {
 
     /// Takes over what other processes have filled meanwhile.
     pub(crate) fn refresh(&self) -> Result<(), EnsureError> {
-        self.cache.filled().refresh(0..self.index.extents().len()).map_err(|error| self.file_error(error))
+        self.cache.refresh(0..self.index.extents().len()).map_err(|error| self.file_error(error))
     }
 
     /// Fills frames, whoever may want them. Returns the first error, after all have come down.

@@ -48,7 +48,7 @@ pub struct ErofsOptions {
 #[derive(Debug)]
 pub struct ErofsMount {
     mount: OwnMount,
-    goodbye: Goodbye,
+    goodbye: Option<Goodbye>,
     gone: bool,
 }
 
@@ -56,7 +56,7 @@ pub struct ErofsMount {
 #[derive(Debug)]
 pub struct DetachedErofs {
     root: OwnedFd,
-    goodbye: Goodbye,
+    goodbye: Option<Goodbye>,
 }
 
 impl DetachedErofs {
@@ -70,8 +70,18 @@ impl DetachedErofs {
     /// See [`MountError`].
     pub fn create(bootstrap: &Path, devices: &[PathBuf], options: &ErofsOptions) -> Result<Self, MountError> {
         let root = create(bootstrap, devices, options).map_err(|refusal| refused(bootstrap, refusal))?;
-        let goodbye = Goodbye::new(&root).map_err(|error| refused(bootstrap, Refusal::plain(error)))?;
-        Ok(Self { root, goodbye })
+        Ok(Self { root, goodbye: None })
+    }
+
+    /// Lets [`ErofsMount::ended`] hear of its end. It takes one of the few inotify instances that a user has: whoever has a
+    /// [`Watch`](crate::pager::Watch) of the mount hears of it anyway.
+    ///
+    /// # Errors
+    /// See [`MountError`].
+    pub fn hear_goodbye(mut self) -> Result<Self, MountError> {
+        let failed = |error| refused(Path::new("/"), Refusal::plain(error));
+        self.goodbye = Some(Goodbye::new(&self.root).map_err(failed)?);
+        Ok(self)
     }
 
     /// Returns its root.
@@ -109,7 +119,7 @@ impl ErofsMount {
         mountpoint: &Path,
         options: &ErofsOptions,
     ) -> Result<Self, MountError> {
-        DetachedErofs::create(bootstrap, devices, options)?.attach(mountpoint)
+        DetachedErofs::create(bootstrap, devices, options)?.hear_goodbye()?.attach(mountpoint)
     }
 
     /// Takes over the EROFS at a directory, which another process mounted. `with_root` is given its root before anything
@@ -122,10 +132,9 @@ impl ErofsMount {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root =
             rustix::fs::open(mountpoint, flags, rustix::fs::Mode::empty()).map_err(|errno| failed(errno.into()))?;
-        let goodbye = Goodbye::new(&root).map_err(failed)?;
         with_root(root.as_fd()).map_err(Into::into)?;
         drop(root);
-        Ok(Self { mount: OwnMount::note(mountpoint)?, goodbye, gone: false })
+        Ok(Self { mount: OwnMount::note(mountpoint)?, goodbye: None, gone: false })
     }
 
     /// Where it is mounted.
@@ -134,9 +143,12 @@ impl ErofsMount {
         self.mount.mountpoint()
     }
 
-    /// Waits until the kernel has no use for it any more: somebody has unmounted it, and nobody has a file of it open.
+    /// Waits until the kernel has no use for it any more, where that [is heard of](DetachedErofs::hear_goodbye): somebody has unmounted it, and nobody has a file of it open.
     pub async fn ended(&self) {
-        self.goodbye.said().await;
+        match &self.goodbye {
+            Some(goodbye) => goodbye.said().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Unmounts it: as usual, or where it is in use, by detaching it.

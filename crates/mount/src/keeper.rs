@@ -26,7 +26,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
 use rustix::{
@@ -73,8 +73,10 @@ struct Start {
 
 #[derive(Debug)]
 struct Link {
-    socket: OwnedFd,
+    socket: Arc<OwnedFd>,
     child: Child,
+    /// It is dead, and another one could not be started so far.
+    is_lost: bool,
 }
 
 impl Keeper {
@@ -94,16 +96,30 @@ impl Keeper {
         Ok(Self { link: Mutex::new(link), start })
     }
 
-    /// Starts another one in the place of one that was killed.
-    pub(crate) fn replace(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
+    /// Starts another one in the place of one that was killed. `files` is asked while nobody can hand over another one.
+    pub(crate) fn replace(
+        &self,
+        kept: &Kept<'_>,
+        files: impl FnOnce() -> io::Result<Vec<(u64, [File; 2])>>,
+    ) -> io::Result<()> {
         let mut link = self.link();
         let _ = link.child.wait();
-        *link = Link::start(&self.start, kept, files)?;
+        link.is_lost = true;
+        *link = Link::start(&self.start, kept, files()?)?;
         Ok(())
     }
 
     /// Hands a layer's files over.
+    ///
+    /// # Errors
+    /// Where there is no keeper and none could be started: nothing must be mounted then.
     pub(crate) fn keep(&self, key: u64, [data, lock]: [&File; 2]) -> io::Result<()> {
+        if self.link().is_lost {
+            return Err(io::Error::new(
+                io::ErrorKind::NotConnected,
+                "it was killed, and another one cannot be started",
+            ));
+        }
         self.tell(&Message { kind: Kind::Keep, number: key }, &[data.as_fd(), lock.as_fd()])
     }
 
@@ -131,10 +147,10 @@ impl Keeper {
 
     /// Waits until the keeper was killed: `true`; or until `stop` is readable: `false`.
     pub(crate) fn wait_for_death(&self, stop: &OwnedFd) -> bool {
-        let Ok(socket) = self.link().socket.try_clone() else { return true };
+        let socket = Arc::clone(&self.link().socket);
         loop {
             // The keeper says nothing unasked: whatever happens on its socket is the end.
-            let mut wanted = [PollFd::new(&socket, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
+            let mut wanted = [PollFd::new(&*socket, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
             if poll(&mut wanted, None).is_ok() {
                 return wanted[1].revents().is_empty();
             }
@@ -200,12 +216,12 @@ impl Link {
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
-        let link = Self { socket: ours, child };
+        let link = Self { socket: Arc::new(ours), child, is_lost: false };
         match link.hand_over(kept, files) {
             Ok(()) => Ok(link),
             Err(error) => {
                 // It ends by itself when its socket is closed: it is not in charge.
-                let Self { socket, mut child } = link;
+                let Self { socket, mut child, .. } = link;
                 drop(socket);
                 let _ = child.wait();
                 Err(error)

@@ -25,7 +25,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
-        unix::fs::MetadataExt,
+        unix::fs::{FileExt as _, MetadataExt},
     },
     path::PathBuf,
     sync::{
@@ -71,6 +71,11 @@ use watch::Mounts;
 const SLOTS: u32 = 4096;
 /// Descriptors that are left for everything else.
 const SPARE_DESCRIPTORS: u64 = 512;
+/// How long an event that this process brings about itself may take: longer where another process watches the file and is
+/// being replaced.
+const OWN_EVENT: Duration = Duration::from_secs(5);
+/// Between attempts to bring a complete layer to the disk.
+const RETRY: Duration = Duration::from_secs(10);
 /// Threads that read events. An event of filled content costs each some microseconds.
 const MOST_READERS: usize = 4;
 
@@ -85,6 +90,8 @@ pub struct PagerOptions {
     pub on_death: OnDeath,
     /// The program that is the keeper when it is called with [`crate::keeper::VERB`]; `None` for this one.
     pub keeper: Option<PathBuf>,
+    /// What a successor has to know, kept beside the register for as long as mounts are: see [`Inherited::note`].
+    pub note: Option<Vec<u8>>,
     /// Where keeper and successors write what they have to say; `None` for where this process does.
     pub log: Option<PathBuf>,
 }
@@ -118,6 +125,8 @@ struct Inner {
     register: Mutex<Register>,
     runtime: Handle,
     patience: Duration,
+    /// Held while marks and the table of files change together.
+    marking: Mutex<()>,
     /// Readable when the threads are to end.
     stop: OwnedFd,
     stopping: AtomicBool,
@@ -170,18 +179,13 @@ impl Inherited {
         self.files.values().map(|[data, _]| data.try_clone()).collect()
     }
 
-    /// Returns where the register is: what [`Pager::register`] said to the process that was killed.
+    /// Returns what the process that was killed had noted ([`PagerOptions::note`]).
     ///
     /// # Errors
-    /// Where `/proc` is not mounted.
-    pub fn register_path(&self) -> io::Result<PathBuf> {
-        std::fs::read_link(format!("/proc/self/fd/{}", self.register.as_raw_fd()))
-    }
-
-    /// Says whether any mount was up when the pager was killed. Where none is, there is nothing to go on with.
-    #[must_use]
-    pub fn has_mounts(&self) -> bool {
-        self.journal.mounts().any(|mount| mount.load(Ordering::Acquire) != 0)
+    /// Where it cannot be read, or nothing was noted.
+    pub fn note(&self) -> io::Result<Vec<u8>> {
+        let path = std::fs::read_link(format!("/proc/self/fd/{}", self.register.as_raw_fd()))?;
+        crate::register::noted(&path)
     }
 }
 
@@ -197,6 +201,9 @@ impl Pager {
         let journal = Journal::create(slots).map_err(PagerError::Journal)?;
         let mounts = Mounts::new(&journal).map_err(PagerError::Inotify)?;
         let register = Register::create(&options.register)?;
+        if let Some(note) = &options.note {
+            register.note(note)?;
+        }
         let mut options = options.clone();
         if let OnDeath::Clean(command) = &mut options.on_death {
             command.push(register.path().into());
@@ -235,7 +242,7 @@ impl Pager {
             inotify: mounts.descriptor(),
             register: register.descriptor(),
         };
-        let keeper = Keeper::start(&kept, files.kept(), options)?;
+        let keeper = Keeper::start(&kept, files.kept().map_err(PagerError::DataFile)?, options)?;
         let stop =
             eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| PagerError::Threads(e.into()))?;
         let occupied: Vec<u32> = left.iter().map(|left| left.slot).collect();
@@ -249,6 +256,7 @@ impl Pager {
             register: Mutex::new(register),
             runtime: runtime.clone(),
             patience: options.patience,
+            marking: Mutex::default(),
             stop,
             stopping: AtomicBool::new(false),
         });
@@ -272,12 +280,6 @@ impl Pager {
         let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&inner));
         self.threads.push(thread.map_err(PagerError::Threads)?);
         Ok(())
-    }
-
-    /// Returns the register of this pager's mounts, which names them where both processes are killed.
-    #[must_use]
-    pub fn register(&self) -> PathBuf {
-        self.inner.register().path().to_owned()
     }
 
     /// Waits until no mount is up, also none that is out of sight but in use.
@@ -384,7 +386,7 @@ impl Inner {
                 inotify: self.mounts.descriptor(),
                 register: register.descriptor(),
             };
-            if let Err(error) = self.keeper.replace(&kept, self.files.kept()) {
+            if let Err(error) = self.keeper.replace(&kept, || self.files.kept()) {
                 tracing::error!(%error, "mounts have no keeper: if this process is killed now, they read zeros");
                 std::thread::sleep(Duration::from_secs(1));
             }
@@ -393,6 +395,7 @@ impl Inner {
 
     /// Marks a layer's data file, unless it is complete or marked already.
     fn mark(self: &Arc<Self>, layer: &Arc<LazyLayer>) -> Result<files::FileId, PagerError> {
+        let marking = self.marking();
         let id = self.files.add(layer).map_err(PagerError::DataFile)?;
         if layer.is_complete() {
             // A process before this one may have been killed between the two.
@@ -401,10 +404,12 @@ impl Inner {
         }
         // Again also where it is marked: a process before this one may have been killed before it came to it.
         let marked = self
-            .keeper
-            .keep(id.key, layer.kept_files())
-            .map_err(PagerError::Keeper)
-            .and_then(|()| self.group.mark(layer.data_file()).map_err(|source| PagerError::mark(layer, source)));
+            .group
+            .mark(layer.data_file())
+            .and_then(|()| self.fill_unasked(layer))
+            .map_err(|source| PagerError::mark(layer, source))
+            .and_then(|()| self.keeper.keep(id.key, layer.kept_files()).map_err(PagerError::Keeper));
+        drop(marking);
         if let Err(error) = marked {
             self.release(&[id]);
             return Err(error);
@@ -413,17 +418,48 @@ impl Inner {
         Ok(id)
     }
 
+    /// Gives a layer a descriptor of its data file for whose writes nobody is asked: neither this process, which would
+    /// wait for itself, nor another one that watches the same file. The kernel makes such descriptors for events alone, so
+    /// one is brought about, by a read behind the end of the file.
+    fn fill_unasked(&self, layer: &Arc<LazyLayer>) -> io::Result<()> {
+        let expected = self.files.expect(layer)?;
+        let (data, end) = (layer.data_file().try_clone()?, layer.data_file().metadata()?.len());
+        // Whoever else watches the file is asked too, and may take its time.
+        std::thread::Builder::new().name("loris-asking".to_owned()).spawn(move || {
+            let again = File::open(format!("/proc/self/fd/{}", data.as_raw_fd()))?;
+            again.read_at(&mut [0], end)
+        })?;
+        match expected.recv_timeout(OWN_EVENT) {
+            Ok(data) => layer.fill_through(data),
+            Err(_) => {
+                let problem = "another process watches it and does not answer";
+                Err(io::Error::new(io::ErrorKind::TimedOut, problem))
+            }
+        }
+    }
+
     /// Sees to it that a layer's mark goes when the layer is complete: its reads concern nobody any more then.
     fn unmark_when_complete(self: &Arc<Self>, layer: &Arc<LazyLayer>) {
         let (pager, layer) = (Arc::downgrade(self), Arc::downgrade(layer));
         self.runtime.spawn(async move {
-            let completed = async {
+            loop {
                 let Some(layer) = layer.upgrade() else { return };
+                // What does not reach the disk is forgotten again, and must be asked for then.
                 layer.completed().await;
-            };
-            completed.await;
-            if let (Some(pager), Some(layer)) = (pager.upgrade(), layer.upgrade()) {
-                pager.unmark(&layer);
+                match layer.sync().await {
+                    Ok(()) if layer.is_complete() => {
+                        if let Some(pager) = pager.upgrade() {
+                            let _marking = pager.marking();
+                            pager.unmark(&layer);
+                        }
+                        return;
+                    }
+                    Ok(()) => {}
+                    Err(error) => {
+                        tracing::warn!(layer = %layer.digest(), %error, "a layer is complete but not on the disk");
+                        tokio::time::sleep(RETRY).await;
+                    }
+                }
             }
         });
     }
@@ -440,6 +476,7 @@ impl Inner {
 
     /// Gives up files that no mount reads any more.
     fn release(&self, files: &[files::FileId]) {
+        let _marking = self.marking();
         for id in files {
             let Some(layer) = self.files.remove(*id) else { continue };
             if let Err(error) = self.group.unmark(layer.data_file()) {
@@ -447,6 +484,10 @@ impl Inner {
             }
             self.keeper.forget(id.key);
         }
+    }
+
+    fn marking(&self) -> MutexGuard<'_, ()> {
+        self.marking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn register(&self) -> MutexGuard<'_, Register> {

@@ -7,7 +7,9 @@
 //! | bytes | content |
 //! |---|---|
 //! | first line | `loris mounts 1` |
-//! | then | the mount points, each ended by a NUL |
+//! | then | the mount points, each ended by a NUL; NULs in the place of one that is gone |
+//!
+//! Beside it, with the ending `note`, may lie what a successor of the process has to know; its form is its writer's.
 
 use std::{
     ffi::OsStr,
@@ -92,6 +94,18 @@ impl Register {
         &self.path
     }
 
+    /// Puts a note beside it, whole or not at all.
+    pub(crate) fn note(&self, note: &[u8]) -> Result<(), RegisterError> {
+        let path = note_of(&self.path);
+        let write = || {
+            let folder = path.parent().unwrap_or(Path::new("."));
+            let mut file = tempfile::Builder::new().prefix(NEW).tempfile_in(folder)?;
+            file.write_all(note)?;
+            file.persist(&path).map_err(|error| error.error).map(drop)
+        };
+        write().map_err(RegisterError::at(&path))
+    }
+
     /// Notes a mount. The one who is killed in the middle of it leaves a name that is cut off, which is passed over.
     pub(crate) fn add(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
         let mut line = mountpoint.as_os_str().as_bytes().to_vec();
@@ -151,6 +165,17 @@ impl Register {
             }
         }
     }
+}
+
+fn note_of(register: &Path) -> PathBuf {
+    register.with_extension("note")
+}
+
+/// Returns the note beside a register.
+pub(crate) fn noted(register: &Path) -> io::Result<Vec<u8>> {
+    let mut note = Vec::new();
+    File::open(note_of(register))?.take(MOST_BYTES).read_to_end(&mut note)?;
+    Ok(note)
 }
 
 fn parse(bytes: &[u8]) -> Option<Vec<PathBuf>> {
@@ -255,8 +280,9 @@ mod tests {
         assert!(path.exists());
         let attached = Register::attach(folder.path(), keeper.into()).unwrap();
         assert_eq!(attached.path(), path);
+        attached.note(b"beside it").unwrap();
+        assert_eq!(noted(&path).unwrap(), b"beside it");
         drop(attached);
-        std::fs::write(path.with_extension("note"), "beside it").unwrap();
         assert_eq!(sweep(folder.path()).unwrap(), Swept::default(), "nothing is mounted there");
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
     }

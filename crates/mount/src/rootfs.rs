@@ -185,12 +185,6 @@ impl RootFs {
         self.lower.as_ref().map_or(Engine::Fuse, Lower::engine)
     }
 
-    /// The pager that fills it, where there is one.
-    #[must_use]
-    pub fn pager(&self) -> Option<&Arc<Pager>> {
-        self.lower.as_ref().and_then(Lower::pager)
-    }
-
     /// Waits until somebody else has taken it down, as [`unmount_at`] does. It should be dropped then.
     pub async fn ended(&self) {
         if let Some(lower) = &self.lower {

@@ -9,8 +9,8 @@ use std::{
 use rustix::{
     io::Errno,
     net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-        recvmsg, sendmsg,
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recvmsg, sendmsg,
     },
 };
 
@@ -80,9 +80,9 @@ impl Message {
         let mut bytes = [0; LENGTH];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let length = loop {
+        let (length, flags) = loop {
             match recvmsg(&socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC) {
-                Ok(received) => break received.bytes,
+                Ok(received) => break (received.bytes, received.flags),
                 Err(Errno::INTR) => {}
                 Err(Errno::CONNRESET) => return Ok(None),
                 Err(errno) => return Err(errno.into()),
@@ -92,6 +92,10 @@ impl Message {
             if let RecvAncillaryMessage::ScmRights(descriptors) = message {
                 descriptors.for_each(&mut take);
             }
+        }
+        // Descriptors were lost, since there is no room for them in this process.
+        if flags.contains(ReturnFlags::CTRUNC) {
+            return Err(io::Error::from_raw_os_error(libc::EMFILE));
         }
         match length {
             0 => Ok(None),
@@ -139,12 +143,14 @@ mod tests {
         let sent = Message { kind: Kind::Keep, number: 0x0123_4567_89ab_cdef };
         sent.send(&one, &[one.as_fd(), other.as_fd()]).unwrap();
         Message { kind: Kind::Dismiss, number: 0 }.send(&one, &[]).unwrap();
-        let (message, descriptors) = Message::receive(&other).unwrap();
-        assert_eq!((message, descriptors.len()), (sent, 2));
-        let (message, descriptors) = Message::receive(&other).unwrap();
-        assert_eq!((message.kind, descriptors.len()), (Kind::Dismiss, 0));
-        drop((one, descriptors));
-        rustix::net::send(&other, b"short", SendFlags::NOSIGNAL).unwrap_err();
+        let (message, sent_along) = Message::receive(&other).unwrap();
+        assert_eq!((message, sent_along.len()), (sent, 2));
+        let (message, nothing) = Message::receive(&other).unwrap();
+        assert_eq!((message.kind, nothing.len()), (Kind::Dismiss, 0));
+        rustix::net::send(&one, b"short", SendFlags::NOSIGNAL).unwrap();
+        assert!(Message::receive(&other).is_err());
+        drop((one, sent_along));
+        assert_eq!(Message::receive_into(&other, |_| ()).unwrap(), None, "nobody is there any more");
     }
 
     #[test]

@@ -78,6 +78,10 @@ struct Keeper {
     inotify: OwnedFd,
     register: OwnedFd,
     generation: u32,
+    /// When the daemon died that had started this keeper. A successor that has taken over starts a keeper of its own, so
+    /// that this one sees no other death than that of successors which failed.
+    died: Option<Instant>,
+    pause: Duration,
     files: Vec<Option<(u64, File, File)>>,
 }
 
@@ -112,7 +116,19 @@ impl Keeper {
         let generation = u32::try_from(message.number).map_err(|_| garbled())?;
         let files = (0..FILES).map(|_| None).collect();
         let (group, journal) = (Group::from_descriptor(group), Journal::attach(journal)?);
-        let mut keeper = Self { socket, restarts, command, group, journal, inotify, register, generation, files };
+        let mut keeper = Self {
+            socket,
+            restarts,
+            command,
+            group,
+            journal,
+            inotify,
+            register,
+            generation,
+            died: None,
+            pause: FIRST_PAUSE,
+            files,
+        };
         while keeper.receive()? != Some(Kind::End) {}
         Message { kind: Kind::End, number: 0 }.send(&keeper.socket, &[])?;
         Ok(keeper)
@@ -158,9 +174,11 @@ impl Keeper {
                 count += 1;
             }
         });
-        // A successor that died in the middle of its start is a death like others.
-        let Ok(Some(message)) = message else { return Ok(None) };
+        // An error ends the keeper, and the daemon starts another one; a successor that died in the middle of its start is a
+        // death like others.
+        let Some(message) = message? else { return Ok(None) };
         match (message.kind, received) {
+            (Kind::Keep, [None, ..] | [_, None, ..]) => return Err(garbled()),
             (Kind::Keep, [Some(data), Some(lock), ..]) => {
                 self.forget(message.number);
                 let free = self.files.iter_mut().find(|place| place.is_none());
@@ -198,11 +216,14 @@ impl Keeper {
 
     /// Starts successors until one takes over.
     fn restart(&mut self) -> io::Result<()> {
-        let died = Instant::now();
-        let mut pause = FIRST_PAUSE;
+        // At once for the first one.
+        if let Some(died) = self.died {
+            self.refuse_for(self.pause, died);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+        let died = *self.died.get_or_insert_with(Instant::now);
         loop {
             let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-            let started = Instant::now();
             let child = self.command.spawn(&theirs);
             drop(theirs);
             if child.is_ok() {
@@ -212,12 +233,8 @@ impl Keeper {
                 }
             }
             reap();
-            // One that lived for a while was killed, and not broken.
-            if started.elapsed() > LONGEST_PAUSE {
-                pause = FIRST_PAUSE;
-            }
-            self.refuse_for(pause, died);
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            self.refuse_for(self.pause, died);
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         }
     }
 

@@ -65,9 +65,21 @@ pub(super) fn answer(pager: &Arc<Inner>, slot: u32) {
     let pending =
         Pending { pager: Arc::clone(pager), slot, descriptor, number: Some(file), answer: Answer::Deny(Errno::IO) };
     let Ok(metadata) = metadata else { return };
-    let Some((key, watched)) = pager.files.find((metadata.st_dev, metadata.st_ino)) else {
-        // No mount of ours reads it any more; somebody looks at the store.
+    let identity = (metadata.st_dev, metadata.st_ino);
+    if event.process == rustix::process::getpid().as_raw_nonzero().get()
+        && let Some(waiting) = pager.files.take_expected(identity)
+    {
+        // Brought about by `Inner::fill_unasked`. Nothing is mounted that could be meant.
+        if let Some(Ok(file)) = pending.number.as_ref().map(OwnedFd::try_clone) {
+            let _ = waiting.send(file.into());
+        }
         return pending.answer(Answer::Allow);
+    }
+    let Some((key, watched)) = pager.files.find(identity) else {
+        // Either no mount of ours reads it any more, and somebody looks at the store; or something went wrong that must
+        // not show zeros.
+        let answer = if pager.mounts.are_up(&pager.journal) { Answer::Deny(Errno::IO) } else { Answer::Allow };
+        return pending.answer(answer);
     };
     pager.journal.key(slot).store(key, Ordering::Release);
     // Somebody changes the file's length: perhaps we ourselves, who repair what was cut. No bytes are read.

@@ -26,6 +26,8 @@ pub struct Event {
     /// The number of a descriptor of the file, which the kernel has opened for the process that read the event. The
     /// number is also the name by which the event is answered. Negative where the kernel could not open one.
     pub descriptor: i32,
+    /// The process that reads.
+    pub process: i32,
     /// The bytes that are about to be read. Without a record, all of the file.
     pub range: Range<u64>,
 }
@@ -77,7 +79,12 @@ impl Event {
             }
             records = &records[record_length..];
         }
-        Ok(Self { mask: long(fixed, 8), descriptor: number(fixed, 16).cast_signed(), range })
+        Ok(Self {
+            mask: long(fixed, 8),
+            descriptor: number(fixed, 16).cast_signed(),
+            process: number(fixed, 20).cast_signed(),
+            range,
+        })
     }
 }
 
@@ -152,15 +159,21 @@ mod tests {
     #[test]
     fn events_are_read() {
         let cases = [
-            (event(5, &range(4096, 131_072)), Event { mask: FAN_PRE_ACCESS, descriptor: 5, range: 4096..135_168 }),
-            (event(5, &[]), Event { mask: FAN_PRE_ACCESS, descriptor: 5, range: 0..u64::MAX }),
+            (
+                event(5, &range(4096, 131_072)),
+                Event { mask: FAN_PRE_ACCESS, descriptor: 5, process: 77, range: 4096..135_168 },
+            ),
+            (event(5, &[]), Event { mask: FAN_PRE_ACCESS, descriptor: 5, process: 77, range: 0..u64::MAX }),
             // Another record before it; a range that ends beyond all numbers.
             (
                 event(-1, &[record(4, 8, &[1; 4]), range(u64::MAX - 1, 9)].concat()),
-                Event { mask: FAN_PRE_ACCESS, descriptor: -1, range: u64::MAX - 1..u64::MAX },
+                Event { mask: FAN_PRE_ACCESS, descriptor: -1, process: 77, range: u64::MAX - 1..u64::MAX },
             ),
             // Something else behind it.
-            ([event(6, &range(0, 1)), vec![9; 7]].concat(), Event { mask: FAN_PRE_ACCESS, descriptor: 6, range: 0..1 }),
+            (
+                [event(6, &range(0, 1)), vec![9; 7]].concat(),
+                Event { mask: FAN_PRE_ACCESS, descriptor: 6, process: 77, range: 0..1 },
+            ),
         ];
         for (bytes, expected) in cases {
             assert_eq!(Event::parse(&bytes).unwrap(), expected);

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs::File,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
 };
 
 use loris_format::position::DataRange;
@@ -44,6 +44,8 @@ struct Table {
     by_key: HashMap<u64, (u64, u64)>,
     last_key: u64,
     complained: HashSet<(u64, u64)>,
+    /// Who waits for the descriptor of an event of their own, by the file's identity.
+    expected: HashMap<(u64, u64), mpsc::Sender<File>>,
 }
 
 #[derive(Debug)]
@@ -67,7 +69,8 @@ impl Files {
         for (key, kept) in files {
             let identity = identity(&kept[0])?;
             let entry = match opened.get(&identity) {
-                Some(&layer) => Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 0, kept: None },
+                // Counted as used for as long as this process lives: mounts that are out of sight may read it.
+                Some(&layer) => Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None },
                 None => Entry { key, watched: Watched::Orphan, uses: 1, kept: Some(kept) },
             };
             table.last_key = table.last_key.max(key);
@@ -145,17 +148,28 @@ impl Files {
         self.find(identity).map(|(key, _)| key)
     }
 
-    /// Returns what a keeper has to keep: data file and lock of all that is not complete.
-    pub(super) fn kept(&self) -> Vec<(u64, [File; 2])> {
+    /// Returns what a keeper has to keep: data file and lock of all that is watched.
+    pub(super) fn kept(&self) -> io::Result<Vec<(u64, [File; 2])>> {
         let table = self.lock();
-        let clone = |[data, lock]: [&File; 2]| Some([data.try_clone().ok()?, lock.try_clone().ok()?]);
+        let clone = |[data, lock]: [&File; 2]| io::Result::Ok([data.try_clone()?, lock.try_clone()?]);
         let kept = |entry: &Entry| match (&entry.watched, &entry.kept) {
-            (Watched::Layer(layer), _) if layer.is_complete() => None,
-            (Watched::Layer(layer), _) => Some((entry.key, clone(layer.kept_files())?)),
-            (Watched::Orphan, Some([data, lock])) => Some((entry.key, clone([data, lock])?)),
+            (Watched::Layer(layer), _) => Some(clone(layer.kept_files()).map(|files| (entry.key, files))),
+            (Watched::Orphan, Some([data, lock])) => Some(clone([data, lock]).map(|files| (entry.key, files))),
             (Watched::Orphan, None) => None,
         };
         table.by_identity.values().filter_map(kept).collect()
+    }
+
+    /// Waits for an event of this process's own on a layer's file.
+    pub(super) fn expect(&self, layer: &LazyLayer) -> io::Result<mpsc::Receiver<File>> {
+        let (sender, receiver) = mpsc::channel();
+        self.lock().expected.insert(identity(layer.data_file())?, sender);
+        Ok(receiver)
+    }
+
+    /// Returns who waits for an event of a file, if anybody does.
+    pub(super) fn take_expected(&self, identity: (u64, u64)) -> Option<mpsc::Sender<File>> {
+        self.lock().expected.remove(&identity)
     }
 
     /// Logs why a range cannot be read: once a layer, since programs try again and again.

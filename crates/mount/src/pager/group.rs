@@ -34,7 +34,8 @@ impl Group {
             | libc::FAN_NONBLOCK
             | libc::FAN_UNLIMITED_QUEUE
             | libc::FAN_UNLIMITED_MARKS;
-        let file_flags = (libc::O_RDONLY | libc::O_LARGEFILE | libc::O_CLOEXEC).cast_unsigned();
+        // Written through, the descriptors of events raise no events, in no group: the way to fill a file that others watch.
+        let file_flags = (libc::O_RDWR | libc::O_LARGEFILE | libc::O_CLOEXEC).cast_unsigned();
         // SAFETY: takes two numbers and returns a descriptor or -1.
         let descriptor = unsafe { libc::fanotify_init(flags, file_flags) };
         if descriptor < 0 {

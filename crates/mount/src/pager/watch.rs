@@ -187,7 +187,6 @@ impl Watch {
     }
 
     /// Says whether the kernel has no use for the mount any more, after waiting a moment for it.
-    #[must_use]
     pub fn is_gone(&self) -> bool {
         let Some((_, gone)) = &self.mount else { return true };
         let start = std::time::Instant::now();

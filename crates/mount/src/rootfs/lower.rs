@@ -10,6 +10,7 @@
 //! the way then.
 
 use std::{
+    os::fd::AsRawFd as _,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -95,9 +96,11 @@ impl Lower {
             }
         };
         let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
-        let devices: Vec<PathBuf> = parts.layers.iter().map(|layer| layer.directory().join("data")).collect();
+        // What was marked, whatever stands in the store under that name by now.
+        let device = |layer: &Arc<LazyLayer>| format!("/proc/self/fd/{}", layer.data_file().as_raw_fd()).into();
         // Marked before the kernel opens them, and known to the pager before anybody can reach the mount.
         let mut watch = pager.watch(parts.layers)?;
+        let devices: Vec<PathBuf> = parts.layers.iter().map(device).collect();
         let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?;
         watch.mounted(erofs.root())?;
         watch.attached(&shown(parts.shown_at, at))?;
@@ -149,7 +152,7 @@ impl Lower {
             (Way::Served(_), None) => unreachable!("what is served has a server"),
         };
         let devices: Vec<PathBuf> = ways.into_iter().map(path).collect();
-        let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?;
+        let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?.hear_goodbye()?;
         if let Some(server) = &mut server {
             server.seal();
         }
@@ -164,18 +167,12 @@ impl Lower {
         }
     }
 
-    pub(super) fn pager(&self) -> Option<&Arc<Pager>> {
-        match self {
-            Self::Fanotify(_, _, pager) => Some(pager),
-            Self::Fuse(_) | Self::ErofsFuse(..) => None,
-        }
-    }
-
     /// Waits until the kernel has no use for it any more.
     pub(super) async fn ended(&self) {
         match self {
             Self::Fuse(mount) => mount.ended().await,
-            Self::Fanotify(mount, ..) | Self::ErofsFuse(mount, _) => mount.ended().await,
+            Self::Fanotify(_, watch, _) => watch.ended().await,
+            Self::ErofsFuse(mount, _) => mount.ended().await,
         }
     }
 
@@ -184,11 +181,22 @@ impl Lower {
         match self {
             Self::Fuse(mount) => mount.unmount(),
             // Where it is still in use, the pager or its keeper refuses what is not here until it is not.
-            Self::Fanotify(mount, watch, pager) => {
-                let unmounted = mount.unmount()?;
-                drop((watch, pager));
-                Ok(unmounted)
-            }
+            Self::Fanotify(mount, watch, pager) => match mount.unmount() {
+                Ok(unmounted) => {
+                    // The kernel's word on it must have been heard before the keeper is told whether there is anything
+                    // left to keep.
+                    if unmounted != Unmounted::Detached {
+                        watch.is_gone();
+                    }
+                    drop((watch, pager));
+                    Ok(unmounted)
+                }
+                Err(error) => {
+                    // It stays mounted. So this must look like a death to the keeper, when this process ends.
+                    std::mem::forget((watch, pager));
+                    Err(error)
+                }
+            },
             Self::ErofsFuse(mount, server) => {
                 let unmounted = mount.unmount()?;
                 if let Some(mut server) = server {

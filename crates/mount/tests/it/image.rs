@@ -105,10 +105,20 @@ pub struct TestImage {
 
 impl TestImage {
     pub fn new(layers: &[Vec<Entry>]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let store = directory.path().join("store");
+        Self::made(layers, directory, &store)
+    }
+
+    /// With the store somewhere else.
+    pub fn new_in(layers: &[Vec<Entry>], store: &Path) -> Self {
+        Self::made(layers, tempfile::tempdir().unwrap(), store)
+    }
+
+    fn made(layers: &[Vec<Entry>], directory: tempfile::TempDir, store: &Path) -> Self {
         let blobs: Vec<_> = layers.iter().map(|entries| blob(entries)).collect();
         let source = Arc::new(TestSource::new(blobs.iter().map(|(bytes, _)| bytes.clone())));
-        let directory = tempfile::tempdir().unwrap();
-        let store = Store::open(&directory.path().join("store")).unwrap();
+        let store = Store::open(store).unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let options = OpenOptions::default();
         let open = |descriptor: &Descriptor| {

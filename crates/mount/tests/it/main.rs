@@ -6,6 +6,7 @@ mod erofs_bootstrap;
 mod image;
 mod mounted;
 mod pager;
+mod races;
 mod read;
 mod rootfs;
 mod source;
@@ -64,6 +65,7 @@ fn options(engine: Engine, image: &TestImage, access: Access, mountpoint: Option
             on_death: OnDeath::Clean(vec!["/bin/true".into()]),
             keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
             log: None,
+            note: None,
         }),
         ..RootFsOptions::read_only(&image.store)
     }

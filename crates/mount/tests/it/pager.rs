@@ -15,6 +15,7 @@ pub fn pager(image: &TestImage, patience: Duration) -> Pager {
         on_death: OnDeath::Clean(vec!["/bin/true".into()]),
         keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
         log: None,
+        note: None,
     };
     Pager::start(&options, image.runtime.handle()).unwrap()
 }

@@ -102,14 +102,14 @@ pub enum Error {
         choices: String,
     },
     /// Credentials are missing or not good enough.
-    #[error(
-        "{place} refused access ({detail}); log in with `podman login` or `docker login`, or check the permissions"
-    )]
+    #[error("{place} refused access ({detail}); {remedy}")]
     Denied {
         /// Registry and repository.
         place: String,
         /// The registry's words.
         detail: String,
+        /// What can be done about it.
+        remedy: &'static str,
     },
     /// Bytes are not what their digest or size says.
     #[error("{what} from {place} is corrupt: {detail}")]

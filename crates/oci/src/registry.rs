@@ -23,6 +23,7 @@ use tokio::sync::Mutex as AsyncMutex;
 
 use crate::{Reference, document::Descriptor, place::Error};
 
+mod anchors;
 mod blob;
 mod challenge;
 mod config;

@@ -79,3 +79,14 @@ impl Default for Config {
         }
     }
 }
+
+impl Config {
+    /// Returns what a user can do who was refused access.
+    pub(super) fn remedy(&self) -> &'static str {
+        if self.credentials.is_some() {
+            "check the user name and password that were given with --creds or LORIS_CREDS, and what they permit"
+        } else {
+            "log in with `podman login` or `docker login`, or check the permissions"
+        }
+    }
+}

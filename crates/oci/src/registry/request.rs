@@ -206,7 +206,8 @@ impl Client {
                         continue;
                     }
                 }
-                return Err(Error::Denied { place: format!("{}/{}", host.name, call.repository), detail });
+                let place = format!("{}/{}", host.name, call.repository);
+                return Err(Error::Denied { place, detail, remedy: self.config().remedy() });
             }
             if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && direct {
                 // Of another host's refusal no log-in can be the cure.

@@ -11,12 +11,14 @@ use std::{
     time::Duration,
 };
 
-use reqwest::{Certificate, Identity};
 use rustls::{ClientConfig, ClientConnection, RootCertStore, crypto::ring};
-use rustls_pki_types::ServerName;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
-use super::Config;
+use super::{
+    Config,
+    anchors::{ClientIdentity, trusting},
+};
 use crate::place::Error;
 
 /// Largest file with certificates, in bytes. The bundle of all public authorities has about 250 KB.
@@ -56,19 +58,28 @@ pub(super) fn build_client(config: &Config, trust: &Trust) -> Result<reqwest::Cl
     if trust.plain {
         builder = builder.tls_certs_only([]);
     } else {
-        builder = builder.tls_danger_accept_invalid_certs(!trust.verify);
+        let mut identity = None;
         let mut authorities = Vec::new();
         for file in &config.ca_files {
             authorities.extend(read_authorities(file)?);
         }
         if let Some(directory) = &trust.directory {
-            let (more, identity) = read_directory(directory)?;
+            let (more, own) = read_directory(directory)?;
             authorities.extend(more);
-            if let Some(identity) = identity {
+            identity = own;
+        }
+        if !trust.verify || authorities.is_empty() {
+            builder = builder.tls_danger_accept_invalid_certs(!trust.verify);
+            if let Some((identity, _)) = identity {
                 builder = builder.identity(identity);
             }
+        } else {
+            let config = trusting(authorities, identity.map(|(_, own)| own)).map_err(|error| Error::Invalid {
+                what: "the certificates that were given".to_owned(),
+                detail: error.to_string(),
+            })?;
+            builder = builder.tls_backend_preconfigured(config);
         }
-        builder = builder.tls_certs_merge(authorities);
     }
     builder.build().map_err(|error| Error::Invalid {
         what: "the TLS configuration".to_owned(),
@@ -96,7 +107,10 @@ fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
-fn read_directory(directory: &Path) -> Result<(Vec<Certificate>, Option<Identity>), Error> {
+/// A client's own certificate, for the HTTP library and for a configuration of our own.
+type OwnCertificate = (reqwest::Identity, ClientIdentity);
+
+fn read_directory(directory: &Path) -> Result<(Vec<CertificateDer<'static>>, Option<OwnCertificate>), Error> {
     let failed = |source| Error::File { path: directory.display().to_string(), source };
     let entries = std::fs::read_dir(directory).map_err(failed)?;
     let mut files = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<_>, _>>().map_err(failed)?;
@@ -111,17 +125,21 @@ fn read_directory(directory: &Path) -> Result<(Vec<Certificate>, Option<Identity
     let Some(certificate) = with("cert").next() else { return Ok((authorities, None)) };
     let key = certificate.with_extension("key");
     let pem = [read(certificate)?, b"\n".to_vec(), read(&key)?].concat();
-    let identity = Identity::from_pem(&pem).map_err(|_| Error::Invalid {
+    let invalid = || Error::Invalid {
         what: certificate.display().to_string(),
         detail: format!("it and {} are not a certificate and its key in PEM", key.display()),
-    })?;
-    Ok((authorities, Some(identity)))
+    };
+    let identity = reqwest::Identity::from_pem(&pem).map_err(|_| invalid())?;
+    let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(|_| invalid())?;
+    let private = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| invalid())?;
+    Ok((authorities, Some((identity, (chain, private)))))
 }
 
-fn read_authorities(file: &Path) -> Result<Vec<Certificate>, Error> {
+fn read_authorities(file: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {
     let invalid =
         || Error::Invalid { what: file.display().to_string(), detail: "it has no certificate in PEM".to_owned() };
-    let authorities = Certificate::from_pem_bundle(&read(file)?).map_err(|_| invalid())?;
+    let authorities =
+        CertificateDer::pem_slice_iter(&read(file)?).collect::<Result<Vec<_>, _>>().map_err(|_| invalid())?;
     if authorities.is_empty() { Err(invalid()) } else { Ok(authorities) }
 }
 

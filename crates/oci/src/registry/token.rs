@@ -74,7 +74,7 @@ pub(super) async fn token(
     if let Some(token) = slot.valid() {
         return Ok(token);
     }
-    let denied = |detail: String| Error::Denied { place: host.name.clone(), detail };
+    let denied = |detail: String| Error::Denied { place: host.name.clone(), detail, remedy: client.config().remedy() };
     if let Some((at, detail)) = slot.refusal.as_ref().filter(|(at, _)| *at > began) {
         tracing::trace!(since = ?at.elapsed(), "the token was refused to somebody else");
         return Err(denied(detail.clone()));
@@ -231,7 +231,7 @@ async fn ask(
         }
         if matches!(status, StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
             let detail = format!("its token server {}", answer.words().await);
-            return Err(Error::Denied { place: host.name.clone(), detail });
+            return Err(Error::Denied { place: host.name.clone(), detail, remedy: client.config().remedy() });
         }
         return Err(answer.into_error().await);
     }

@@ -30,6 +30,8 @@ type Requests = Arc<Mutex<Vec<String>>>;
 pub struct DockerRegistryOptions {
     /// Serve TLS, with a certificate for 127.0.0.1 and localhost that [`DockerRegistry::ca`] has signed.
     pub tls: bool,
+    /// Serve TLS with the authority's own certificate, which is for 127.0.0.1 alone.
+    pub self_signed: bool,
     /// Ask for a client certificate of the same authority.
     pub client_certificate: bool,
     /// Ask for this user name and password (Basic).
@@ -126,7 +128,8 @@ fn configuration(directory: &Path, options: &DockerRegistryOptions) -> anyhow::R
     config.push_str("http:\n  addr: 127.0.0.1:0\n");
     if options.tls {
         make_certificates(directory)?;
-        write!(config, "  tls:\n    certificate: {root}/server.cert\n    key: {root}/server.key\n")?;
+        let (certificate, key) = if options.self_signed { ("ca.crt", "ca.key") } else { ("server.cert", "server.key") };
+        write!(config, "  tls:\n    certificate: {root}/{certificate}\n    key: {root}/{key}\n")?;
         if options.client_certificate {
             writeln!(config, "    clientcas: [{root}/ca.crt]")?;
         }
@@ -137,7 +140,20 @@ fn configuration(directory: &Path, options: &DockerRegistryOptions) -> anyhow::R
 fn make_certificates(directory: &Path) -> anyhow::Result<()> {
     let openssl = |arguments: &[&str]| run(Command::new("openssl").args(arguments).current_dir(directory));
     let curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
-    let authority = ["req", "-x509", "-subj", "/CN=tests", "-days", "2", "-keyout", "ca.key", "-out", "ca.crt"];
+    let authority = [
+        "req",
+        "-x509",
+        "-subj",
+        "/CN=tests",
+        "-days",
+        "2",
+        "-keyout",
+        "ca.key",
+        "-out",
+        "ca.crt",
+        "-addext",
+        "subjectAltName=IP:127.0.0.1",
+    ];
     openssl(&[&authority[..], &curve].concat())?;
     let names = "subjectAltName=IP:127.0.0.1,DNS:localhost";
     for (who, extension) in [("server", names), ("client", "extendedKeyUsage=clientAuth")] {

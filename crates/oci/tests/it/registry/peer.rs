@@ -193,6 +193,27 @@ async fn client_certificates_are_shown_to_a_real_registry() {
     push(&Client::new(config).unwrap(), &reference, 1000).await;
 }
 
+#[tokio::test]
+async fn a_self_signed_certificate_that_was_given_is_taken() {
+    let test = "registry::peer::a_self_signed_certificate_that_was_given_is_taken";
+    let options = DockerRegistryOptions { tls: true, self_signed: true, ..Default::default() };
+    let Some(registry) = DockerRegistry::start(test, &options).unwrap() else { return };
+    let Some(other) = DockerRegistry::start(test, &options).unwrap() else { return };
+    let reference = name(&registry, "a/b");
+    let host = tempfile::tempdir().unwrap();
+    std::fs::copy(registry.ca(), host.path().join("server.crt")).unwrap();
+    let trusting = |ca| Config { ca_files: vec![ca], retries: 0, ..config() };
+    for config in [trusting(registry.ca()), Config { cert_dir: Some(host.path().to_owned()), ..config() }] {
+        push(&Client::new(config).unwrap(), &reference, 1000).await;
+    }
+    // One of the same name that was not given; and the right one under a name that is not in it.
+    let by_name = reference.to_string().replace("127.0.0.1", "localhost").parse().unwrap();
+    for (config, reference) in [(trusting(other.ca()), &reference), (trusting(registry.ca()), &by_name)] {
+        let error = Client::new(config).unwrap().source(reference).root().await.unwrap_err();
+        assert!(error.to_string().contains("certificate"), "{reference}: {error}");
+    }
+}
+
 #[test]
 fn files_with_certificates_are_checked_at_once() {
     let file = tempfile::NamedTempFile::new().unwrap();

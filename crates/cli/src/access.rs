@@ -20,6 +20,9 @@ use serde::Serialize;
 
 use crate::{Global, failure::Usage};
 
+/// The variable that has what `--creds` gives.
+pub(crate) const CREDS_VARIABLE: &str = "LORIS_CREDS";
+
 /// How registries are reached. The same flags as skopeo's and Podman's.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Registries")]
@@ -41,7 +44,7 @@ pub(crate) struct Access {
     #[arg(long, global = true, value_name = "FILE")]
     authfile: Option<PathBuf>,
     /// User name and password for registries
-    #[arg(long, global = true, env = "LORIS_CREDS", hide_env_values = true, value_name = "USER[:PASSWORD]")]
+    #[arg(long, global = true, env = CREDS_VARIABLE, hide_env_values = true, value_name = "USER[:PASSWORD]")]
     creds: Option<Secret>,
     /// Give a registry that stands still up after so many seconds, and ask again
     #[arg(long, global = true, value_name = "SECONDS", default_value_t = 30, value_parser = value_parser!(u64).range(1..=86_400))]
@@ -107,8 +110,10 @@ impl Access {
 
     /// Opens the place that an image is written to.
     pub(crate) async fn sink(&self, name: &str) -> Result<Arc<dyn ImageSink>> {
+        let parsed = parse(name)?;
+        refuse_compressed(&parsed)?;
         let options = OpenOptions::new(self.client()?);
-        open_sink(&parse(name)?, &options).await.with_context(|| format!("writing {name}"))
+        open_sink(&parsed, &options).await.with_context(|| format!("writing {name}"))
     }
 
     fn client(&self) -> Result<Client> {
@@ -134,6 +139,37 @@ impl Access {
 
 fn parse(name: &str) -> Result<ImageName> {
     name.parse().map_err(|error: loris_oci::Error| Usage(error.to_string()).into())
+}
+
+/// An archive is written as it is: its layers are compressed already.
+fn refuse_compressed(name: &ImageName) -> Result<(), Usage> {
+    let (ImageName::OciArchive { path, .. } | ImageName::DockerArchive { path, .. }) = name else { return Ok(()) };
+    let text = path.to_string_lossy();
+    let ending =
+        [".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2"].into_iter().find(|ending| text.ends_with(ending));
+    match ending {
+        Some(ending) => Err(Usage(format!(
+            "{text}: archives are written without compression around them; name it {}.tar",
+            text.trim_end_matches(ending)
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Says what is done with an image, for an error; and where its name is a file's too, how that is named.
+pub(crate) fn doing(what: &str, name: &str) -> String {
+    let path = Path::new(name);
+    let kind = match path.metadata() {
+        Ok(metadata) if metadata.is_dir() => "directory",
+        Ok(_) => "file",
+        Err(_) => return format!("{what} {name}"),
+    };
+    let transport = match kind {
+        "directory" => "oci",
+        _ if is_docker_archive(path) => "docker-archive",
+        _ => "oci-archive",
+    };
+    format!("{what} {name} in a registry (a {kind} of that name exists: {transport}:{name})")
 }
 
 /// Says whether a name begins with a transport, as `oci:` is.

@@ -37,13 +37,13 @@ pub(crate) struct ConvertArguments {
     /// Strength of compression on zlib's scale: 0 to 9, or -1 for its default
     #[arg(long, default_value_t = 9, value_name = "LEVEL", allow_negative_numbers = true)]
     estargz_compression_level: i32,
-    /// Uncompressed bytes of a chunk; 0 for the usual 4 MiB
-    #[arg(long, default_value_t = 0, value_name = "BYTES")]
+    /// Uncompressed bytes of a chunk, also as in `512K` or `1MiB`; 0 for the usual 4 MiB
+    #[arg(long, default_value_t = 0, value_name = "BYTES", value_parser = byte_count)]
     estargz_chunk_size: u64,
     /// Files that a workload reads, as `ctr-remote` records them: they come first in their layers
     #[arg(long, value_name = "FILE")]
     estargz_record_in: Option<PathBuf>,
-    /// Turn Docker's media types into OCI's
+    /// Turn Docker's media types into OCI's; alone, changes media types only, and makes nothing lazy
     #[arg(long)]
     oci: bool,
     /// Make uncompressed layers
@@ -72,7 +72,7 @@ impl ConvertArguments {
         let bars = Bars::new(global);
         let report = convert_image(&*source, &*sink, &options, &bars)
             .await
-            .with_context(|| format!("converting {}", self.source))?;
+            .with_context(|| access::doing("converting", &self.source))?;
         bars.finish();
         access::print_written(global, &self.destination, &report.digest, &report)?;
         Ok(Outcome::Done)
@@ -109,7 +109,38 @@ impl ConvertArguments {
     }
 }
 
+/// Reads a number of bytes, in K (KiB), M (MiB) or G (GiB) where it says so: multiples of 1024, as everywhere about files.
+fn byte_count(text: &str) -> Result<u64, String> {
+    let digits = text.trim_end_matches(|character: char| character.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kib" => 1 << 10,
+        "m" | "mib" => 1 << 20,
+        "g" | "gib" => 1 << 30,
+        _ => return Err("the units are K, M and G, of 1024".to_owned()),
+    };
+    let count: u64 = digits.parse().map_err(|_| "not a number of bytes".to_owned())?;
+    count.checked_mul(unit).ok_or_else(|| "too large".to_owned())
+}
+
 fn record(path: &Path) -> anyhow::Result<Record> {
     let file = std::fs::File::open(path).with_context(|| path.display().to_string())?;
     Record::read(BufReader::new(file), &Limits::default()).with_context(|| path.display().to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_of_bytes_have_units() {
+        for (text, bytes) in
+            [("0", 0), ("4096", 4096), ("512K", 512 << 10), ("1M", 1 << 20), ("2MiB", 2 << 20), ("3kib", 3 << 10)]
+        {
+            assert_eq!(byte_count(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "M", "1MB", "-1", "1.5M", "99999999999G", "1 M"] {
+            assert!(byte_count(text).is_err(), "{text}");
+        }
+    }
 }

@@ -1,9 +1,16 @@
 //! `copy`, and its aliases `pull`, `push`, `save` and `load`, which differ in what a name without a transport means.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, path::PathBuf};
 
+use anyhow::Context as _;
 use clap::Args;
 use loris_convert::copy::{CopyOptions, copy_image};
+use loris_oci::{
+    document::REF_NAME,
+    layout::CONTAINERD_NAME,
+    name::{ImageName, Selector},
+    reference::Reference,
+};
 
 use crate::{
     Global,
@@ -109,8 +116,29 @@ impl SaveArguments {
             (file, format) if !access::has_transport(file) => format!("{format}:{file}"),
             (name, _) => name.to_owned(),
         };
-        copy(global, &self.source, &destination, &self.choice).await
+        copy_as(global, &self.source, &destination, &self.choice, names(&self.source)).await
     }
+}
+
+/// Returns what an archive says of the name that an image had: as Podman writes it, and as containerd and Docker do.
+fn names(source: &str) -> BTreeMap<String, String> {
+    let name = match source.parse() {
+        Ok(ImageName::Registry(reference)) if reference.tag().is_some() => reference.without_digest().canonical(),
+        Ok(ImageName::DockerArchive { selector: Selector { name: Some(name), .. }, .. }) => name,
+        // In a layout a tag may stand alone; then it is no name for the world outside.
+        Ok(
+            ImageName::Layout { selector: Selector { name: Some(name), .. }, .. }
+            | ImageName::OciArchive { selector: Selector { name: Some(name), .. }, .. },
+        ) => {
+            let whole = name.parse::<Reference>().is_ok_and(|reference| reference.canonical() == name);
+            if !whole {
+                return [(REF_NAME.to_owned(), name)].into();
+            }
+            name
+        }
+        _ => return BTreeMap::new(),
+    };
+    [(REF_NAME.to_owned(), name.clone()), (CONTAINERD_NAME.to_owned(), name)].into()
 }
 
 impl LoadArguments {
@@ -120,17 +148,45 @@ impl LoadArguments {
 }
 
 async fn copy(global: &Global, source: &str, destination: &str, choice: &Choice) -> failure::Result {
+    copy_as(global, source, destination, choice, BTreeMap::new()).await
+}
+
+async fn copy_as(
+    global: &Global,
+    source: &str,
+    destination: &str,
+    choice: &Choice,
+    annotations: BTreeMap<String, String>,
+) -> failure::Result {
     let access = &global.access;
     let from = access.source(source).await?;
     let to = access.sink(destination).await?;
     let options = CopyOptions {
         platforms: choice.selection.platforms(),
         referrers: !choice.no_referrers,
+        annotations,
         ..CopyOptions::default()
     };
     let bars = Bars::new(global);
-    let report = copy_image(&*from, &*to, &options, &bars).await?;
+    let copied = copy_image(&*from, &*to, &options, &bars).await;
+    let mut report = copied.with_context(|| access::doing("copying", source))?;
     bars.finish();
+    if let Ok(ImageName::DockerArchive { path, selector }) = destination.parse() {
+        if report.lazy {
+            let lost = "a Docker archive holds uncompressed layers: the image in it is not lazily pullable; \
+                        an OCI archive's is (`oci-archive:FILE`, `--format oci-archive`)";
+            if !global.quiet {
+                eprintln!("loris: {lost}");
+            }
+            report.warnings.push(lost.to_owned());
+            report.lazy = false;
+        }
+        // There are no manifests in it: what is read from it has one of its own. A pipe can't be read again.
+        if path.is_file() {
+            let written = ImageName::DockerArchive { path, selector: Selector { digest: None, ..selector } };
+            report.digest = access.source(&written.to_string()).await?.root().await?.digest;
+        }
+    }
     access::print_written(global, destination, &report.digest, &report)?;
     Ok(Outcome::Done)
 }

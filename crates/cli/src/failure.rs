@@ -3,7 +3,7 @@
 //! | status | meaning |
 //! |---|---|
 //! | 0 | done |
-//! | 1 | failed, or `verify` found faults |
+//! | 1 | failed, `verify` found faults, or `fs` one of its paths not |
 //! | 2 | the command line is wrong |
 //! | 3 | a policy said no: content that nothing vouches for |
 //! | 129, 130, 143 | SIGHUP, SIGINT or SIGTERM came first; what was under way is cleaned up |
@@ -15,8 +15,10 @@ use std::process::ExitCode;
 pub(crate) enum Outcome {
     /// Status 0.
     Done,
-    /// Status 1, with everything said already (the findings of `verify`).
+    /// Status 1, with everything said already (the findings of `verify`, a path of `fs` that is not there).
     FoundFaults,
+    /// Status 3, with everything said already (by a process in the background).
+    SaidRefused,
     /// The status of a container.
     Container(u8),
     /// A signal came, and what was under way was given up: 128 and its number.
@@ -55,6 +57,7 @@ pub(crate) fn exit(outcome: Result) -> ExitCode {
     match outcome {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::FoundFaults) => ExitCode::FAILURE,
+        Ok(Outcome::SaidRefused) => ExitCode::from(3),
         Ok(Outcome::Container(status) | Outcome::Interrupted(status)) => ExitCode::from(status),
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
@@ -93,7 +96,7 @@ fn sentence(error: &anyhow::Error) -> String {
 }
 
 /// `loris fs ls | head` ends when `head` does; that is no failure.
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
+pub(crate) fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error
         .chain()
         .filter_map(|cause| cause.downcast_ref::<std::io::Error>())

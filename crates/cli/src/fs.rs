@@ -40,6 +40,12 @@ pub(crate) struct LsArguments {
     /// Show type, permissions, links, owner, size and time
     #[arg(long, short)]
     long: bool,
+    /// Names that begin with a dot too: what is done anyway
+    #[arg(long, short)]
+    all: bool,
+    /// Show directories themselves, and not what is in them
+    #[arg(long, short, conflicts_with = "recursive")]
+    directory: bool,
     /// List directories with all that is in them
     #[arg(long, short = 'R')]
     recursive: bool,
@@ -80,8 +86,21 @@ impl LsArguments {
         let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::EXACT).await?;
         let tree = opened.tree();
         let mut listed = Vec::new();
+        let mut all_found = true;
         for path in &self.paths {
-            let inode = resolve(&tree, path)?;
+            let inode = match resolve(&tree, path) {
+                Ok(inode) => inode,
+                Err(error) => {
+                    failure::print(&error);
+                    all_found = false;
+                    continue;
+                }
+            };
+            if self.directory {
+                let shown = path.trim_matches('/');
+                listed.push((if shown.is_empty() { "/" } else { shown }.as_bytes().to_vec(), inode));
+                continue;
+            }
             list(&tree, inode, path.trim_matches('/').as_bytes(), self.recursive, &mut listed);
         }
         let mut out = std::io::stdout().lock();
@@ -89,7 +108,7 @@ impl LsArguments {
             let lines: Vec<JsonLine> = listed.iter().map(|(path, id)| JsonLine::new(&tree, path, *id)).collect();
             serde_json::to_writer_pretty(&mut out, &lines)?;
             writeln!(out)?;
-            return Ok(Outcome::Done);
+            return Ok(if all_found { Outcome::Done } else { Outcome::FoundFaults });
         }
         for (path, id) in &listed {
             // An id that the tree listed is in the tree.
@@ -101,7 +120,7 @@ impl LsArguments {
             }
         }
         out.flush()?;
-        Ok(Outcome::Done)
+        Ok(if all_found { Outcome::Done } else { Outcome::FoundFaults })
     }
 }
 
@@ -109,20 +128,29 @@ impl CatArguments {
     async fn run(self, global: &Global) -> failure::Result {
         let opened = Opened::open(global, &self.image, &self.platform, &self.open, FetchPolicy::EXACT).await?;
         let tree = opened.tree();
+        let mut all_printed = true;
         for path in &self.paths {
-            let inode = resolve(&tree, path)?;
-            match tree.inode(inode).map(|inode| &inode.kind) {
-                Some(InodeKind::Regular { layer, node, size, .. }) => {
-                    let layer = opened.layers().get(layer.0 as usize).context("a layer that the image has not got")?;
-                    print_file(layer, *node, *size)
-                        .await
-                        .with_context(|| format!("reading {}", printable(path.as_bytes())))?;
+            if let Err(error) = print(&opened, &tree, path).await {
+                if failure::is_broken_pipe(&error) {
+                    return Err(error);
                 }
-                Some(InodeKind::Directory) => bail!("{}: is a directory", printable(path.as_bytes())),
-                _ => bail!("{}: is not a regular file", printable(path.as_bytes())),
+                failure::print(&error);
+                all_printed = false;
             }
         }
-        Ok(Outcome::Done)
+        Ok(if all_printed { Outcome::Done } else { Outcome::FoundFaults })
+    }
+}
+
+async fn print(opened: &Opened, tree: &Tree, path: &str) -> anyhow::Result<()> {
+    let inode = resolve(tree, path)?;
+    match tree.inode(inode).map(|inode| &inode.kind) {
+        Some(InodeKind::Regular { layer, node, size, .. }) => {
+            let layer = opened.layers().get(layer.0 as usize).context("a layer that the image has not got")?;
+            print_file(layer, *node, *size).await.with_context(|| format!("reading {}", printable(path.as_bytes())))
+        }
+        Some(InodeKind::Directory) => bail!("{}: is a directory", printable(path.as_bytes())),
+        _ => bail!("{}: is not a regular file", printable(path.as_bytes())),
     }
 }
 

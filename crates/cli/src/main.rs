@@ -27,9 +27,15 @@ mod stage;
 mod table;
 mod verify;
 
-use std::{process::ExitCode, time::Duration};
+use std::{
+    io::{IsTerminal as _, Write as _},
+    process::ExitCode,
+    time::Duration,
+};
 
-use clap::{CommandFactory, Parser, Subcommand};
+use anyhow::Context as _;
+use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
+use tracing_subscriber::EnvFilter;
 
 use crate::{access::Access, failure::Outcome, signals::unless_signalled};
 
@@ -56,7 +62,7 @@ pub(crate) struct Global {
     #[arg(long, short, global = true)]
     quiet: bool,
     /// What to log on standard error: error, warn, info, debug, trace, or a filter such as `loris_lazy=debug`
-    #[arg(long, global = true, env = "LORIS_LOG", default_value = "warn", value_name = "FILTER")]
+    #[arg(long, global = true, env = "LORIS_LOG", default_value = "warn", value_name = "FILTER", value_parser = log_filter)]
     log: String,
     #[command(flatten)]
     access: Access,
@@ -124,8 +130,16 @@ fn main() -> ExitCode {
         return run::runtime_main(arguments);
     }
     if let Verb::Completion { shell } = arguments.verb {
-        clap_complete::generate(shell, &mut Arguments::command(), "loris", &mut std::io::stdout());
-        return ExitCode::SUCCESS;
+        let mut script = Vec::new();
+        clap_complete::generate(shell, &mut Arguments::command(), "loris", &mut script);
+        let written = std::io::stdout().write_all(&script).context("writing the script");
+        return failure::exit(written.map(|()| Outcome::Done));
+    }
+    if global.json
+        && let Some(verb) = arguments.verb.without_report()
+    {
+        let message = format!("`{verb}` has no report; leave --json out\n");
+        Arguments::command().error(ErrorKind::ArgumentConflict, message).exit();
     }
     start_logging(&global.log);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
@@ -164,10 +178,64 @@ fn main() -> ExitCode {
     failure::exit(outcome)
 }
 
+impl Verb {
+    /// Returns the name of a verb that has nothing to print as JSON.
+    fn without_report(&self) -> Option<&'static str> {
+        match self {
+            Self::Run(_) => Some("run"),
+            Self::Mount(_) => Some("mount"),
+            Self::Umount(_) => Some("umount"),
+            Self::Fs(fs::FsCommand::Cat(_)) => Some("fs cat"),
+            _ => None,
+        }
+    }
+}
+
+/// Checks what is to be logged. A word alone may name a part of this program, but not of any other: it is a level that
+/// was spelled wrongly.
+fn log_filter(text: &str) -> Result<String, String> {
+    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+    EnvFilter::try_new(text).map_err(|error| error.to_string())?;
+    let is_known = |word: &str| {
+        word.is_empty() || word.contains(['=', '[']) || word.starts_with("loris") || {
+            let word = word.to_ascii_lowercase();
+            LEVELS.contains(&&*word) || word.parse::<u8>().is_ok()
+        }
+    };
+    match text.split(',').map(str::trim).find(|word| !is_known(word)) {
+        Some(word) => Err(format!("{word:?} is none of {}", LEVELS.join(", "))),
+        None => Ok(text.to_owned()),
+    }
+}
+
 fn start_logging(filter: &str) {
-    let filter = tracing_subscriber::EnvFilter::try_new(filter).unwrap_or_else(|error| {
-        eprintln!("loris: --log {filter:?} is not understood ({error}); logging warnings");
-        tracing_subscriber::EnvFilter::new("warn")
-    });
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).without_time().init();
+    // It was checked when the command line was read.
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
+    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal() && !no_color)
+        .without_time()
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Arguments::command().debug_assert();
+    }
+
+    #[test]
+    fn filters_of_logs_are_checked() {
+        for good in ["warn", "DEBUG", "off", "3", "loris_lazy=debug", "info,hyper=trace", "loris_oci"] {
+            assert!(log_filter(good).is_ok(), "{good}");
+        }
+        for bad in ["bogus", "warn,bogus", "verbose", "loris=loud"] {
+            assert!(log_filter(bad).is_err(), "{bad}");
+        }
+    }
 }

@@ -8,7 +8,11 @@ use loris_format::tree::Tree;
 use loris_lazy::{FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, Trust, open_image};
 use loris_oci::{Document, ImageSource, platform};
 
-use crate::{Global, access::OnePlatform, failure::Refused};
+use crate::{
+    Global,
+    access::{self, OnePlatform},
+    failure::Refused,
+};
 
 /// How an image is opened lazily.
 #[derive(Args, Clone, Debug)]
@@ -78,7 +82,7 @@ impl Looked {
         let options = open.options(policy);
         let (document, manifest) = platform::resolve_manifest(&*source, platform.wanted(), &options.limits)
             .await
-            .with_context(|| format!("opening {name}"))?;
+            .with_context(|| access::doing("opening", name))?;
         let image = open_image(source.clone(), &manifest, store, &options).await?;
         Ok(Self { source, document, image })
     }

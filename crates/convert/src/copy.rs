@@ -29,13 +29,15 @@ pub struct CopyOptions {
     pub platforms: Platforms,
     /// Whether what refers to the image is copied with it.
     pub referrers: bool,
+    /// What is said about the image where it is listed; its name is among it.
+    pub annotations: BTreeMap<String, String>,
     /// Bounds on documents.
     pub limits: Limits,
 }
 
 impl Default for CopyOptions {
     fn default() -> Self {
-        Self { platforms: Platforms::All, referrers: true, limits: Limits::default() }
+        Self { platforms: Platforms::All, referrers: true, annotations: BTreeMap::new(), limits: Limits::default() }
     }
 }
 
@@ -49,6 +51,8 @@ pub struct CopyReport {
     pub media_type: String,
     /// Manifests of images, in order.
     pub images: Vec<Digest>,
+    /// Whether all of them say that they are lazily pullable.
+    pub lazy: bool,
     /// Manifests that refer to them.
     pub referrers: Vec<Digest>,
     /// What the user should know.
@@ -90,11 +94,12 @@ pub async fn copy_image(
         Vec::new()
     };
     let new_root = rebuilt.document(root.document().digest)?;
-    sink.commit(new_root, &BTreeMap::new()).await?;
+    sink.commit(new_root, &options.annotations).await?;
     Ok(CopyReport {
         digest: new_root.digest,
         media_type: new_root.media_type.clone(),
         images: images.iter().map(|image| image.document.digest).collect(),
+        lazy: images.iter().all(|image| survey::is_lazy(image)),
         referrers,
         warnings: warnings.finish(),
     })

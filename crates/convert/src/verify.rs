@@ -113,7 +113,19 @@ impl fmt::Display for Finding {
     }
 }
 
-/// Verifies an image. An empty list says that all is well.
+/// What was verified, and what is wrong with it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Verified {
+    /// What the image's name leads to.
+    pub digest: Digest,
+    /// Layers that were read; one that several images share counts once.
+    pub layers_checked: usize,
+    /// What is wrong; nothing where all is well.
+    pub problems: Vec<Finding>,
+}
+
+/// Verifies an image.
 ///
 /// # Errors
 /// Where the image cannot be read at all: what is wrong with its content is a finding, that a registry does not answer
@@ -122,8 +134,9 @@ pub async fn verify_image(
     source: &dyn ImageSource,
     options: &VerifyOptions,
     progress: &dyn Progress,
-) -> Result<Vec<Finding>, Error> {
+) -> Result<Verified, Error> {
     let mut root = survey::survey(source, &options.limits).await?;
+    let digest = root.document().digest;
     if let Some(selected) = survey::select(&root, &options.platforms, &source.name())? {
         survey::prune(&mut root, &selected);
     }
@@ -139,9 +152,10 @@ pub async fn verify_image(
             }
         }
     }
+    let layers_checked = checks.len();
     let checked: Vec<Vec<Finding>> = stream::iter(checks).buffered(LAYERS_AT_ONCE).try_collect().await?;
     findings.extend(checked.into_iter().flatten());
-    Ok(findings)
+    Ok(Verified { digest, layers_checked, problems: findings })
 }
 
 /// An attestation of an index that is about a manifest which is not in it is of no use to anybody.

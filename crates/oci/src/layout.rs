@@ -41,7 +41,7 @@ pub(crate) const INDEX: &str = "index.json";
 /// Longest marker, in bytes; it is thirty.
 const MARKER_BYTES: u64 = 4 << 10;
 /// The whole name of an image, beside the tag in [`REF_NAME`] (containerd, Docker 25 and later).
-const CONTAINERD_NAME: &str = "io.containerd.image.name";
+pub const CONTAINERD_NAME: &str = "io.containerd.image.name";
 /// Most names that an error lists.
 const MOST_LISTED: usize = 32;
 

@@ -194,6 +194,10 @@ impl FromStr for ImageName {
                 detail: "a directory or file is named `oci:DIR`, `oci-archive:FILE` or `docker-archive:FILE`"
                     .to_owned(),
             }),
+            Some(("docker", rest)) => text.parse().map(Self::Registry).map_err(|_| Error::Invalid {
+                what: format!("image name {text:?}"),
+                detail: format!("an image in a registry is named `docker://{rest}`"),
+            }),
             _ => text.parse().map(Self::Registry),
         }
     }

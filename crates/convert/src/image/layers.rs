@@ -135,7 +135,13 @@ pub(super) async fn convert_all(
         {
             warnings.add(
                 "Docker's media types are kept: tools that drop annotations from such manifests make the image \
-                 pullable in full only; convert to OCI's to avoid that"
+                 pullable in full only; `--estargz --oci` avoids that"
+                    .to_owned(),
+            );
+        }
+        if matches!(options.target, Target::Keep) && options.oci && !crate::survey::is_lazy(image) {
+            warnings.add(
+                "layers stay as they are, so the image is not lazily pullable; `--estargz --oci` makes it so"
                     .to_owned(),
             );
         }

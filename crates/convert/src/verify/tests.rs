@@ -78,7 +78,7 @@ impl Claimed {
 
 fn verify(source: &Memory) -> Vec<String> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    let findings = runtime.block_on(verify_image(source, &VerifyOptions::default(), &Silent)).unwrap();
+    let findings = runtime.block_on(verify_image(source, &VerifyOptions::default(), &Silent)).unwrap().problems;
     findings.iter().map(|finding| format!("{:?} {finding}", finding.severity)).collect()
 }
 

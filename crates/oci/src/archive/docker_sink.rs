@@ -25,6 +25,7 @@ use super::{
 use crate::{
     blob::{blocking, file_error},
     document::{Descriptor, Document, media_type},
+    layout::CONTAINERD_NAME,
     name::Selector,
     place::{BlobStream, Error, ImageSink},
     stage::{Stage, Staged},
@@ -98,7 +99,7 @@ impl ImageSink for DockerArchiveSink {
         Ok(())
     }
 
-    async fn commit(&self, root: &Document, _: &BTreeMap<String, String>) -> Result<(), Error> {
+    async fn commit(&self, root: &Document, annotations: &BTreeMap<String, String>) -> Result<(), Error> {
         if media_type::is_index(&root.media_type) {
             return Err(Error::Unsupported {
                 what: "images for several platforms; choose one with --platform, or write an oci-archive".to_owned(),
@@ -119,7 +120,8 @@ impl ImageSink for DockerArchiveSink {
             .collect::<Result<_, Error>>()?;
         let (target, limits, name) = (self.target.clone(), self.limits.clone(), self.name.clone());
         let stage = self.stage.directory().to_owned();
-        let repo_tags: Vec<String> = self.selector.name.iter().cloned().collect();
+        let named = annotations.get(CONTAINERD_NAME);
+        let repo_tags: Vec<String> = self.selector.name.iter().chain(named).take(1).cloned().collect();
         blocking(move || {
             let bytes = std::fs::read(&config_file.path).map_err(|source| file_error(&config_file.path, source))?;
             let config = Document::verified(bytes.into(), &manifest.config, &name)?;

@@ -92,10 +92,9 @@ impl ImageSink for ArchiveSink {
     async fn commit(&self, root: &Document, annotations: &BTreeMap<String, String>) -> Result<(), Error> {
         self.selector.check(&self.name, root)?;
         let mut entry = Descriptor { annotations: annotations.clone(), ..root.descriptor() };
-        match &self.selector.name {
-            Some(name) => entry.annotations.insert(REF_NAME.to_owned(), name.clone()),
-            None => entry.annotations.remove(REF_NAME),
-        };
+        if let Some(name) = &self.selector.name {
+            entry.annotations.insert(REF_NAME.to_owned(), name.clone());
+        }
         let mut index = Index::empty();
         index.manifests.push(entry);
         let referrers = self.referrers.lock().unwrap_or_else(PoisonError::into_inner).clone();

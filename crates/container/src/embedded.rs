@@ -99,7 +99,12 @@ pub fn main(args: &[OsString]) -> u8 {
                 Error::Container(_) if text.contains(program::NOT_EXECUTABLE_WORDS) => NOT_EXECUTABLE,
                 _ => NOT_STARTED,
             };
-            let _ = writeln!(io::stderr(), "the embedded runtime did not start the container: {text}");
+            // What libcontainer wraps around these words says nothing about the container.
+            let words = [program::NOT_FOUND_WORDS, program::NOT_EXECUTABLE_WORDS];
+            let _ = match words.iter().find_map(|words| text.rfind(words)) {
+                Some(start) if code != NOT_STARTED => writeln!(io::stderr(), "loris: {}", &text[start..]),
+                _ => writeln!(io::stderr(), "the embedded runtime did not start the container: {text}"),
+            };
             code
         }
     }

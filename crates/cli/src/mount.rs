@@ -4,7 +4,9 @@
 //! waits until that one says that the mount is live, and ends.
 
 use std::{
+    ffi::{OsStr, OsString},
     io::{BufRead as _, BufReader, Read as _, Write as _},
+    os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
@@ -22,7 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     Global,
-    access::OnePlatform,
+    access::{self, OnePlatform},
     engine::{self, EngineArgument},
     failure::{self, Outcome},
     opened::{Looked, OpenLazily, Opened},
@@ -197,8 +199,10 @@ impl UmountArguments {
 
 fn start_in_background(directory: &Path) -> failure::Result {
     let program = std::env::current_exe().context("finding this program")?;
+    let (arguments, password) = without_password(std::env::args_os().skip(1));
     let mut child = Command::new(program)
-        .args(std::env::args_os().skip(1))
+        .args(arguments)
+        .envs(password.map(|password| (access::CREDS_VARIABLE, password)))
         .env(BACKGROUND, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -218,10 +222,28 @@ fn start_in_background(directory: &Path) -> failure::Result {
     }
     // It has said what is wrong, in our own form.
     eprint!("{said}");
-    match status.code() {
-        Some(3) => Err(failure::Refused(format!("{} is not mounted", directory.display())).into()),
-        _ => bail!("{} is not mounted", directory.display()),
+    if said.trim().is_empty() {
+        bail!("{} is not mounted: the process that was to serve it has ended ({status})", directory.display());
     }
+    Ok(if status.code() == Some(3) { Outcome::SaidRefused } else { Outcome::FoundFaults })
+}
+
+/// Takes credentials out of arguments: those of a process that runs for days can be read by all, its environment by its
+/// owner alone.
+fn without_password(arguments: impl Iterator<Item = OsString>) -> (Vec<OsString>, Option<OsString>) {
+    let (mut kept, mut password, mut is_next) = (Vec::new(), None, false);
+    for argument in arguments {
+        if std::mem::take(&mut is_next) {
+            password = Some(argument);
+        } else if argument == "--creds" {
+            is_next = true;
+        } else if let Some(value) = argument.as_bytes().strip_prefix(b"--creds=") {
+            password = Some(OsStr::from_bytes(value).to_owned());
+        } else {
+            kept.push(argument);
+        }
+    }
+    (kept, password)
 }
 
 /// Tells the process in the foreground that the mount is live, and lets go of its standard streams and its terminal.
@@ -242,4 +264,23 @@ fn tell_ready(log: Option<&Path>) -> anyhow::Result<()> {
     rustix::stdio::dup2_stdout(&rest)?;
     rustix::stdio::dup2_stderr(&rest)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwords_leave_the_command_line() {
+        for (line, kept, password) in [
+            ("mount a b", "mount a b", None),
+            ("mount --creds u:p a b", "mount a b", Some("u:p")),
+            ("--creds=u:p mount a --rw b", "mount a --rw b", Some("u:p")),
+            ("mount a b --creds", "mount a b", None),
+        ] {
+            let (arguments, found) = without_password(line.split(' ').map(OsString::from));
+            assert_eq!(arguments.join(OsStr::new(" ")), kept);
+            assert_eq!(found, password.map(OsString::from), "{line}");
+        }
+    }
 }

@@ -158,7 +158,9 @@ fn refuse_compressed(name: &ImageName) -> Result<(), Usage> {
 
 /// Says what is done with an image, for an error; and where its name is a file's too, how that is named.
 pub(crate) fn doing(what: &str, name: &str) -> String {
-    let path = Path::new(name);
+    // What follows a colon is a tag, there as here.
+    let local = name.split_once(':').map_or(name, |(path, _)| path);
+    let path = Path::new(local);
     let kind = match path.metadata() {
         Ok(metadata) if metadata.is_dir() => "directory",
         Ok(_) => "file",
@@ -169,7 +171,7 @@ pub(crate) fn doing(what: &str, name: &str) -> String {
         _ if is_docker_archive(path) => "docker-archive",
         _ => "oci-archive",
     };
-    format!("{what} {name} in a registry (a {kind} of that name exists: {transport}:{name})")
+    format!("{what} {name} in a registry (there is a {kind} {local} here: {transport}:{name})")
 }
 
 /// Says whether a name begins with a transport, as `oci:` is.

@@ -15,6 +15,7 @@ mod engines;
 mod harness;
 mod image;
 mod layout;
+mod newcomer;
 mod ours_to_peers;
 mod peers_to_ours;
 mod podman;

@@ -83,5 +83,15 @@ fn archives_go_in_and_out() {
             assert_eq!(report["lazy"], true, "{report}");
         }
     }
+    // What `save` writes has the name that the image had.
+    for format in ["oci-archive", "docker-archive"] {
+        let reference = format!("localhost/named-{format}:t");
+        let named = format!("oci:{}:{reference}", place.join("named").display());
+        ok(place.loris("copy --quiet").arg(name_of(small)).arg(&named));
+        ok(place.loris("save --quiet --output saved.tar --format").arg(format).arg(&named));
+        let loaded = ok(podman(&place).args(["load", "-i"]).arg(place.join("saved.tar"))).text();
+        assert!(loaded.trim().ends_with(&reference), "{loaded}");
+        std::fs::remove_file(place.join("saved.tar")).unwrap();
+    }
     place.assert_clean();
 }

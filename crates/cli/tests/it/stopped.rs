@@ -76,7 +76,9 @@ fn verbs_that_write_leave_nothing_when_a_signal_ends_them() {
     ];
     for (verb, destination, signal, status) in cases {
         println!("{verb} {destination}");
-        registry.fault(Fault::new(Effect::Stall(50_000, FOREVER)).method("GET").path("/blobs/").times(usize::MAX));
+        registry.fault(
+            Fault::new(Effect::Stall(50_000, FOREVER)).method("GET").path(format!("/blobs/{layer}")).times(usize::MAX),
+        );
         let target = place.make("target");
         let mut command = place.loris(verb);
         command.arg(&image).args((!destination.is_empty()).then_some(destination)).current_dir(&target);
@@ -105,8 +107,13 @@ fn run_is_stopped_while_it_opens_and_while_it_pulls() {
     ok(place.loris("push --quiet").arg(name_of(small)).arg(&image));
     let layer = crate::layout::layers(small)[0].clone();
     let opening = || Fault::new(Effect::Delay(FOREVER)).path("/manifests/").times(usize::MAX);
-    // The looks at what kind of layer it is are shorter.
-    let pulling = || Fault::new(Effect::Stall(300_000, FOREVER)).path(&format!("/blobs/{layer}")).times(usize::MAX);
+    // How often it is looked what kind of layer it is, before it is pulled.
+    registry.forget_requests();
+    ok(place.loris("run --quiet --no-lazy --net none").arg(&image));
+    let of_layer = |request: &&LoggedRequest| request.method == "GET" && request.path.ends_with(&layer);
+    let looks = registry.requests().iter().filter(of_layer).count() - 1;
+    let pulling =
+        || Fault::new(Effect::Stall(300_000, FOREVER)).path(format!("/blobs/{layer}")).skip(looks).times(usize::MAX);
     let manifest: &dyn Fn(&LoggedRequest) -> bool = &|request| request.path.contains("/manifests/");
     let whole_layer: &dyn Fn(&LoggedRequest) -> bool =
         &|request| request.path.ends_with(&layer) && request.method == "GET" && request.header("range").is_none();

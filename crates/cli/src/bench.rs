@@ -23,6 +23,10 @@ use crate::{
     table::{bytes, table},
 };
 
+mod mount;
+
+use mount::{MountBench, WithinArguments};
+
 /// Measure: lazy against full pull, and conversion against the tools of today.
 #[derive(Args)]
 pub(crate) struct BenchArguments {
@@ -38,6 +42,11 @@ enum Subject {
     Run(RunBench),
     /// What `inspect`, `fs ls` and `fs cat` ask of a registry that is far away
     Look(LookBench),
+    /// Programs over a mounted image by each engine, and over a plain directory, in turn; what a mount costs
+    Mount(MountBench),
+    /// One measurement of `mount`, in a process of its own
+    #[command(hide = true, name = mount::WITHIN)]
+    MountWithin(WithinArguments),
 }
 
 /// Conversion.
@@ -84,6 +93,8 @@ impl BenchArguments {
             Subject::Convert(bench) => bench.run(global).await,
             Subject::Run(bench) => bench.run(global).await,
             Subject::Look(bench) => bench.run(global).await,
+            Subject::Mount(bench) => bench.run(global).await,
+            Subject::MountWithin(measurement) => measurement.run(global).await,
         }
     }
 }

@@ -64,7 +64,7 @@ impl DemoArguments {
         let wanted = self.size * 1_000_000;
         say(&format!("making an image of {} out of this machine's files", bytes(wanted)));
         let plan = machine::plan(wanted)?;
-        let image_bytes = prepare(global, &plan, &stage, say).await?;
+        let image_bytes = prepare(global, &plan, &stage, REPOSITORY, say).await?;
         let program = plan.command.first().map_or("", String::as_str);
         say(&format!("starting {program} from it over a link of {}: a full pull, then lazily", self.link));
         let pull = start(&stage, "pull", &["--no-lazy".to_owned()]).context("the full pull")?;
@@ -81,15 +81,38 @@ impl DemoArguments {
     }
 }
 
+/// Makes an image like the demo's for a benchmark, spread over some layers where that is asked for, and returns its name
+/// in the stage's registry.
+pub(crate) async fn stand_in(
+    global: &Global,
+    stage: &Stage,
+    repository: &str,
+    wanted: u64,
+    layers: Option<usize>,
+) -> Result<String> {
+    let mut plan = machine::plan(wanted)?;
+    if let Some(layers) = layers {
+        plan.spread(layers);
+    }
+    prepare(global, &plan, stage, repository, |_| ()).await?;
+    Ok(stage.direct(repository))
+}
+
 /// Makes the image, converts it and pushes it; returns its size in the registry.
-async fn prepare(global: &Global, plan: &machine::Plan, stage: &Stage, say: impl Fn(&str)) -> Result<u64> {
+async fn prepare(
+    global: &Global,
+    plan: &machine::Plan,
+    stage: &Stage,
+    repository: &str,
+    say: impl Fn(&str),
+) -> Result<u64> {
     let folder = stage.folder().join("plain");
     let layout = format!("oci:{}:demo", folder.display());
     let sink = global.access.sink(&layout).await?;
     image::write(plan, stage.folder(), &*sink).await?;
     say("converting it to eStargz and pushing it to a registry on loopback");
     let source = global.access.source(&layout).await?;
-    let reference = stage.direct(REPOSITORY);
+    let reference = stage.direct(repository);
     let sink = global.access.sink(&reference).await?;
     let bars = Bars::new(global);
     convert_image(&*source, &*sink, &defaults(), &bars).await?;

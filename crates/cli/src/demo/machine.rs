@@ -31,6 +31,23 @@ pub(super) struct Plan {
     pub command: Vec<String>,
 }
 
+impl Plan {
+    /// Spreads the same files over so many layers, in the order of their paths. Hard links between layers become files.
+    pub(super) fn spread(&mut self, layers: usize) {
+        let paths: Vec<PathBuf> = self.layers.iter_mut().flat_map(|layer| std::mem::take(&mut layer.paths)).collect();
+        let of_part = |(number, paths): (usize, &[PathBuf])| {
+            let size =
+                |path: &PathBuf| fs::symlink_metadata(path).ok().filter(fs::Metadata::is_file).map(|file| file.len());
+            LayerFiles {
+                title: format!("part {number}"),
+                paths: paths.iter().cloned().collect(),
+                bytes: paths.iter().filter_map(size).sum(),
+            }
+        };
+        self.layers = paths.chunks(paths.len().div_ceil(layers).max(1)).enumerate().map(of_part).collect();
+    }
+}
+
 /// Programs of the shell layer.
 const SHELL: &[&str] =
     &["sh", "bash", "ls", "cat", "cp", "mv", "rm", "mkdir", "grep", "sed", "find", "tar", "gzip", "env", "id"];

@@ -98,7 +98,7 @@ enum Told {
 
 impl<'a> Merge<'a> {
     fn fill(&mut self, place: usize, sources: Range<usize>) {
-        let sayings = match self.sources[sources.clone()] {
+        let sayings = match self.sources[sources] {
             [source] => {
                 let contents = Contents::of(self.layers[source.layer()], source.1);
                 // Whiteouts of a directory that no other layer has hide nothing.

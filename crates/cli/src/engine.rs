@@ -25,7 +25,8 @@ pub(crate) struct EngineArgument {
     /// How the image becomes visible; without, the best way that works here, see `loris doctor`
     #[arg(long, env = "LORIS_ENGINE", value_parser = PossibleValuesParser::new(Engine::ALL.map(Engine::name)).try_map(|name| name.parse::<Engine>()))]
     pub engine: Option<Engine>,
-    /// How long a read waits for content that can't be had at the moment, before it fails
+    /// How long a read waits for content that can't be had at the moment, before it fails (engine fanotify; the others fail
+    /// when the registry was asked as often as --retries says)
     #[arg(long, env = "LORIS_READ_TIMEOUT", value_name = "SECONDS", default_value_t = 60)]
     pub read_timeout: u64,
 }

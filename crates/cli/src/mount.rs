@@ -5,7 +5,7 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Seek as _, Write as _},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -16,17 +16,19 @@ use anyhow::{Context as _, bail};
 use clap::Args;
 use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
 use loris_mount::{
+    Special,
     keeper::Keeper,
     pager::{Inherited, Pager},
     rootfs::{Access, RootFs, RootFsOptions},
 };
+use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     Global,
     access::{self, OnePlatform},
     engine::{self, EngineArgument},
-    failure::{self, Outcome},
+    failure::{self, Outcome, Usage},
     opened::{Looked, OpenLazily, Opened},
 };
 
@@ -45,6 +47,12 @@ pub(crate) struct MountArguments {
     /// Let the mount be written to, and keep the changes in this directory
     #[arg(long, value_name = "DIR", conflicts_with = "rw")]
     upper: Option<PathBuf>,
+    /// Let set-user-id programs of the image run with their owner's rights: only for images whose maker you trust as root
+    #[arg(long)]
+    suid: bool,
+    /// Let device files of the image lead to devices
+    #[arg(long)]
+    dev: bool,
     /// Serve the mount from this process, until it is unmounted or interrupted
     #[arg(long, short)]
     foreground: bool,
@@ -70,6 +78,9 @@ pub(crate) struct UmountArguments {
 const BACKGROUND: &str = "LORIS_MOUNT_BACKGROUND";
 /// The word.
 const READY: &str = "ready";
+/// Numbers of signals, for exit statuses.
+const INTERRUPT: u8 = 2;
+const TERMINATE: u8 = 15;
 
 impl MountArguments {
     pub(crate) async fn run(self, global: &Global) -> failure::Result {
@@ -78,6 +89,9 @@ impl MountArguments {
         }
         if self.foreground {
             return self.serve(global, false).await;
+        }
+        if self.image == "-" {
+            return Err(Usage("an archive on standard input can only be mounted with --foreground".to_owned()).into());
         }
         start_in_background(&self.directory)
     }
@@ -88,9 +102,20 @@ impl MountArguments {
         let mut terminate = signal(SignalKind::terminate())?;
         let mounted = match Keeper::inherit().context("taking over from a process that was killed")? {
             Some(inherited) => self.take_over(global, inherited).await?,
-            None => self.mount(global, background).await?,
+            None => {
+                if background {
+                    // Whoever waits for the word may be killed. A mount that nobody knows of must not come up then.
+                    rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+                }
+                tokio::select! {
+                    mounted = self.mount(global, background) => mounted?,
+                    _ = interrupt.recv() => return Ok(Outcome::Interrupted(128 + INTERRUPT)),
+                    _ = terminate.recv() => return Ok(Outcome::Interrupted(128 + TERMINATE)),
+                }
+            }
         };
         if background {
+            rustix::process::set_parent_process_death_signal(None)?;
             tell_ready(self.log_file.as_deref())?;
         } else if !global.quiet {
             eprintln!("{} is mounted at {}; interrupt to unmount it", self.image, self.directory.display());
@@ -122,6 +147,7 @@ impl MountArguments {
             mountpoint: Some(self.directory.clone()),
             access,
             engine: self.engine.engine,
+            special: Special { suid: self.suid, devices: self.dev },
             pager,
             ..RootFsOptions::read_only(&store)
         };
@@ -200,13 +226,15 @@ impl UmountArguments {
 fn start_in_background(directory: &Path) -> failure::Result {
     let program = std::env::current_exe().context("finding this program")?;
     let (arguments, password) = without_password(std::env::args_os().skip(1));
+    // A file and not a pipe: however much is logged before the mount is live, nobody waits for somebody to read it.
+    let mut errors = tempfile::tempfile().context("making a file for what the serving process says")?;
     let mut child = Command::new(program)
         .args(arguments)
         .envs(password.map(|password| (access::CREDS_VARIABLE, password)))
         .env(BACKGROUND, "1")
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
+        .stderr(Stdio::from(errors.try_clone()?))
         .spawn()
         .context("starting the process that serves the mount")?;
     let output = child.stdout.take().context("no output of the serving process")?;
@@ -216,10 +244,10 @@ fn start_in_background(directory: &Path) -> failure::Result {
         return Ok(Outcome::Done);
     }
     let status = child.wait()?;
-    let mut said = String::new();
-    if let Some(errors) = child.stderr.take() {
-        errors.take(64 << 10).read_to_string(&mut said)?;
-    }
+    let mut said = Vec::new();
+    errors.rewind()?;
+    errors.take(64 << 10).read_to_end(&mut said)?;
+    let said = String::from_utf8_lossy(&said);
     // It has said what is wrong, in our own form.
     eprint!("{said}");
     if said.trim().is_empty() {

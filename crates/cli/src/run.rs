@@ -180,6 +180,8 @@ impl RunArguments {
             access: rootfs::Access::Discard,
             engine: self.engine.engine,
             pager: self.engine.paging(),
+            // Only the container can reach it.
+            special: loris_mount::Special::ALL,
             ..RootFsOptions::read_only(store)
         };
         let handle = tokio::runtime::Handle::current();

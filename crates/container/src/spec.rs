@@ -7,7 +7,7 @@
 //! `conversion.md`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     fs::File,
     io::{self, Read},
     path::{Component, Path, PathBuf},
@@ -355,10 +355,14 @@ fn environment(
     home: &str,
     caller_env: &dyn Fn(&str) -> Option<String>,
 ) -> Result<Vec<String>, SpecError> {
-    let mut env: Vec<(String, String)> = Vec::new();
+    // The last one of a name counts, at its place. An image may have very many.
+    let mut env: Vec<Option<(String, String)>> = Vec::new();
+    let mut places: HashMap<String, usize> = HashMap::new();
     let mut set = |name: &str, value: &str| {
-        env.retain(|(known, _)| known != name);
-        env.push((name.to_owned(), value.to_owned()));
+        if let Some(before) = places.insert(name.to_owned(), env.len()) {
+            env[before] = None;
+        }
+        env.push(Some((name.to_owned(), value.to_owned())));
     };
     set("PATH", PATH);
     set("HOSTNAME", hostname);
@@ -381,7 +385,7 @@ fn environment(
             }
         }
     }
-    Ok(env.into_iter().map(|(name, value)| format!("{name}={value}")).collect())
+    Ok(env.into_iter().flatten().map(|(name, value)| format!("{name}={value}")).collect())
 }
 
 /// What a container should see in place of the image's files. The host's are copied, since a bind of the file itself

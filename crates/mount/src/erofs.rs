@@ -27,7 +27,7 @@ use rustix::{
 use tokio::io::{Interest, unix::AsyncFd};
 
 use crate::{
-    MountError,
+    MountError, Special,
     fsopen::{self, Context, Refusal, STRING_BYTES},
     mounts::{self, OwnMount, Unmounted},
 };
@@ -42,6 +42,8 @@ pub use bootstrap::{Form, cached_bootstrap};
 pub struct ErofsOptions {
     /// Read devices past their own page cache, so that content is not held twice. Takes Linux 6.15.
     pub direct: bool,
+    /// What of its special files is special.
+    pub special: Special,
 }
 
 /// An EROFS that is mounted. Dropping it unmounts it.
@@ -60,7 +62,7 @@ pub struct DetachedErofs {
 }
 
 impl DetachedErofs {
-    /// Makes the file system of a bootstrap: read-only, devices and set-uid programs as the tree has them. `devices[n]` is
+    /// Makes the file system of a bootstrap, read-only. `devices[n]` is
     /// what the bootstrap means by device `n + 1`; the kernel opens them all now, and never again. Blocks for some system
     /// calls.
     ///
@@ -219,7 +221,7 @@ pub(crate) fn create(source: &Path, devices: &[PathBuf], options: &ErofsOptions)
             .map_err(|source| Refusal { source, detail: format!("; device {}", device.display()) })?;
         context.set("device", argument.as_os_str().as_bytes())?;
     }
-    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY)
+    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY | options.special.attributes())
 }
 
 /// A path as `fsconfig` takes it: absolute, and not too long. A descriptor that it goes through is put into `open`.

@@ -27,7 +27,7 @@ use loris_lazy::LazyLayer;
 use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
-    MountError,
+    MountError, Special,
     mounts::{self, OwnMount, Unmounted},
 };
 
@@ -64,11 +64,13 @@ pub struct FuseOptions {
     pub threads: Option<usize>,
     /// Let other users in, where this process may decide that: as root, or as `/etc/fuse.conf` allows.
     pub allow_other: bool,
+    /// What of its special files is special, where root mounts it. Others never have special files.
+    pub special: Special,
 }
 
 impl Default for FuseOptions {
     fn default() -> Self {
-        Self { threads: None, allow_other: true }
+        Self { threads: None, allow_other: true, special: Special::default() }
     }
 }
 

@@ -33,5 +33,38 @@ pub mod unpack;
 
 pub use error::MountError;
 
+use rustix::mount::{MountAttrFlags, MountFlags};
+
+/// What of an image's special files is special in a mount of it. Neither, where all users of a machine can reach the mount:
+/// whoever made the image would be root otherwise.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Special {
+    /// Set-user-id and set-group-id programs run with their owner's rights.
+    pub suid: bool,
+    /// Device files lead to devices.
+    pub devices: bool,
+}
+
+impl Special {
+    /// All of it, for a root file system that only a container can reach.
+    pub const ALL: Self = Self { suid: true, devices: true };
+
+    /// As attributes of `fsmount(2)`.
+    pub(crate) fn attributes(self) -> MountAttrFlags {
+        let mut attributes = MountAttrFlags::empty();
+        attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, !self.suid);
+        attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, !self.devices);
+        attributes
+    }
+
+    /// As flags of `mount(2)`.
+    pub(crate) fn flags(self) -> MountFlags {
+        let mut flags = MountFlags::empty();
+        flags.set(MountFlags::NOSUID, !self.suid);
+        flags.set(MountFlags::NODEV, !self.devices);
+        flags
+    }
+}
+
 /// The name under which our mounts stand in the kernel's list: source of all of them, subtype of those over FUSE.
 pub(crate) const MOUNT_NAME: &str = "loris";

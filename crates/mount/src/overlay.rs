@@ -24,7 +24,7 @@ use rustix::{
 };
 
 use crate::{
-    MOUNT_NAME, MountError,
+    MOUNT_NAME, MountError, Special,
     fsopen::{STRING_BYTES, kernel_messages},
     mounts::{self, OwnMount, Unmounted},
 };
@@ -55,6 +55,8 @@ pub struct OverlayOptions {
     pub user_xattrs: bool,
     /// Never wait for the disk. After a crash the upper directory must be thrown away.
     pub volatile: bool,
+    /// What of its special files is special.
+    pub special: Special,
 }
 
 /// An overlay that is mounted. Dropping it unmounts it.
@@ -186,7 +188,8 @@ fn mount_by_descriptor(options: &OverlayOptions, mountpoint: &Path) -> Result<bo
         }
     }
     fsconfig_create(&context).map_err(logged)?;
-    let attributes = if options.upper.is_some() { MountAttrFlags::empty() } else { MountAttrFlags::MOUNT_ATTR_RDONLY };
+    let mut attributes = options.special.attributes();
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, options.upper.is_none());
     let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(logged)?;
     move_mount(mount.as_fd(), "", CWD, mountpoint, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).map_err(plain)?;
     Ok(true)
@@ -215,7 +218,8 @@ fn mount_classic(options: &OverlayOptions, mountpoint: &Path) -> Result<(), Moun
         return Err(MountError::Overlay { path: mountpoint.to_owned(), reason });
     }
     let text = CString::new(text).map_err(|error| refused(error.into()))?;
-    let flags = if options.upper.is_some() { MountFlags::empty() } else { MountFlags::RDONLY };
+    let mut flags = options.special.flags();
+    flags.set(MountFlags::RDONLY, options.upper.is_none());
     mount2(MOUNT_NAME, mountpoint, "overlay", flags, text.as_c_str()).map_err(|errno| refused(errno.into()))
 }
 
@@ -298,6 +302,7 @@ mod tests {
             upper: Some(Upper { upper: "/u,1:2".into(), work: "/w".into() }),
             user_xattrs: true,
             volatile: true,
+            special: Special::default(),
         };
         let text = classic_options(&options, &mut Vec::new(), |path| Argument::new(path, usize::MAX)).unwrap();
         assert_eq!(
@@ -338,7 +343,7 @@ mod tests {
         for path in [&upper.upper, &upper.work, &mountpoint] {
             fs::create_dir(path).unwrap();
         }
-        let options = OverlayOptions { lower, upper: Some(upper.clone()), volatile: false, user_xattrs: false };
+        let options = OverlayOptions { lower, upper: Some(upper.clone()), ..OverlayOptions::default() };
         for classic in [false, true] {
             if classic {
                 mount_classic(&options, &mountpoint).unwrap();

@@ -34,7 +34,7 @@ use rustix::{
 use tokio::runtime::Handle;
 
 use crate::{
-    MountError,
+    MountError, Special,
     engine::{self, Engine},
     fuse::FuseOptions,
     mounts::{self, Unmounted},
@@ -93,6 +93,8 @@ pub struct RootFsOptions {
     pub pager: Paging,
     /// The store that the layers are kept in, and bootstraps beside them.
     pub store: Store,
+    /// What of its special files is special.
+    pub special: Special,
     /// How to serve what is served over FUSE.
     pub fuse: FuseOptions,
 }
@@ -108,6 +110,7 @@ impl RootFsOptions {
             engine: None,
             pager: Paging::None,
             store: store.clone(),
+            special: Special::default(),
             fuse: FuseOptions::default(),
         }
     }
@@ -157,7 +160,8 @@ impl RootFs {
             store: &options.store,
             pager: &options.pager,
             shown_at: &rootfs.path,
-            fuse: &options.fuse,
+            special: options.special,
+            fuse: &FuseOptions { special: options.special, ..options.fuse.clone() },
             runtime,
         };
         rootfs.lower = Some(Lower::mount(&engines, &parts, &lower_at)?);
@@ -167,6 +171,7 @@ impl RootFs {
                 lower: vec![lower_at],
                 user_xattrs: in_user_namespace(),
                 volatile: options.access == Access::Discard,
+                special: options.special,
             };
             rootfs.overlay = Some(OverlayMount::mount(&overlay, &rootfs.path)?);
         }

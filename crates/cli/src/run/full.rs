@@ -65,7 +65,13 @@ impl Unpacked {
         };
         lower.push(make("empty")?);
         let upper = Upper { upper: make("upper")?, work: make("work")? };
-        let options = OverlayOptions { lower, upper: Some(upper), user_xattrs: false, volatile: true };
+        let options = OverlayOptions {
+            lower,
+            upper: Some(upper),
+            volatile: true,
+            special: loris_mount::Special::ALL,
+            ..OverlayOptions::default()
+        };
         let overlay = OverlayMount::mount(&options, &make("rootfs")?)?;
         Ok(Self { overlay, folder })
     }

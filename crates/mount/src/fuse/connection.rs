@@ -38,9 +38,8 @@ fn open_directly(mountpoint: &Path, options: &FuseOptions) -> Result<OwnedFd, Mo
         if options.allow_other { ",allow_other" } else { "" },
     );
     let data = CString::new(data).map_err(|error| refused(error.into()))?;
-    // Neither NODEV nor NOSUID: a root file system needs both, and only root comes here.
     let kind = format!("fuse.{MOUNT_NAME}");
-    rustix::mount::mount(MOUNT_NAME, mountpoint, kind, MountFlags::RDONLY, data.as_c_str())
+    rustix::mount::mount(MOUNT_NAME, mountpoint, kind, MountFlags::RDONLY | options.special.flags(), data.as_c_str())
         .map_err(|errno| refused(errno.into()))?;
     Ok(device.into())
 }

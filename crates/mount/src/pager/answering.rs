@@ -133,9 +133,10 @@ fn fill(pending: Pending, watched: Vec<Watched>, range: &Range<u64>, size: u64) 
     }
     let runtime = pending.pager.runtime.clone();
     runtime.spawn(async move {
-        let patience = pending.pager.patience;
         for (layer, range) in ranges {
+            let patience = pending.pager.files.patience(&layer, pending.pager.patience);
             if let Err(error) = filled(&layer, range.clone(), size, patience).await {
+                pending.pager.files.waited_in_vain(&layer);
                 pending.pager.files.complain(&layer, range, &error);
                 return pending.answer(Answer::Deny(errno(&error)));
             }

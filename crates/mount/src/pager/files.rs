@@ -5,6 +5,7 @@ use std::{
     fs::File,
     io,
     sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc},
+    time::{Duration, Instant},
 };
 
 use loris_format::position::DataRange;
@@ -12,6 +13,9 @@ use loris_lazy::{EnsureError, LazyLayer};
 
 use super::identity;
 
+/// For how long after a wait in vain the next ones are shorter, and by what factor.
+const AGAIN: Duration = Duration::from_secs(5);
+const SHORTER: u32 = 4;
 /// Most files whose failures are logged.
 const MAX_COMPLAINTS: usize = 1000;
 
@@ -44,6 +48,8 @@ struct Table {
     by_key: HashMap<u64, (u64, u64)>,
     last_key: u64,
     complained: HashSet<(u64, u64)>,
+    /// When a wait for content was last in vain.
+    failed: HashMap<(u64, u64), Instant>,
     /// Who waits for the descriptor of an event of their own, by the file's identity.
     expected: HashMap<(u64, u64), mpsc::Sender<File>>,
 }
@@ -108,6 +114,7 @@ impl Files {
         let entry = table.by_identity.remove(&id.identity)?;
         table.by_key.remove(&entry.key);
         table.complained.remove(&id.identity);
+        table.failed.remove(&id.identity);
         match entry.watched {
             Watched::Layer(layer) => Some(layer),
             Watched::Orphan => None,
@@ -170,6 +177,23 @@ impl Files {
     /// Returns who waits for an event of a file, if anybody does.
     pub(super) fn take_expected(&self, identity: (u64, u64)) -> Option<mpsc::Sender<File>> {
         self.lock().expected.remove(&identity)
+    }
+
+    /// Returns how long to wait for a layer's content. Where a wait was in vain a moment ago, it is the same read that asks
+    /// again (the kernel reads ahead, and then the page alone), and was kept waiting long enough.
+    pub(super) fn patience(&self, layer: &LazyLayer, usual: Duration) -> Duration {
+        let Ok(identity) = identity(layer.data_file()) else { return usual };
+        match self.lock().failed.get(&identity) {
+            Some(failed) if failed.elapsed() < AGAIN => usual / SHORTER,
+            _ => usual,
+        }
+    }
+
+    /// Notes that a wait for a layer's content was in vain.
+    pub(super) fn waited_in_vain(&self, layer: &LazyLayer) {
+        if let Ok(identity) = identity(layer.data_file()) {
+            self.lock().failed.insert(identity, Instant::now());
+        }
     }
 
     /// Logs why a range cannot be read: once a layer, since programs try again and again.

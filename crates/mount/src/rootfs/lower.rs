@@ -20,7 +20,7 @@ use loris_lazy::{LazyLayer, Store};
 use tokio::runtime::Handle;
 
 use crate::{
-    MountError,
+    MountError, Special,
     engine::Engine,
     erofs::{DetachedErofs, ErofsMount, ErofsOptions, Form, cached_bootstrap},
     fsopen::Refusal,
@@ -41,8 +41,15 @@ pub(super) struct Parts<'a> {
     pub pager: &'a Paging,
     /// Where users find the tree, or what is mounted over it.
     pub shown_at: &'a Path,
+    pub special: Special,
     pub fuse: &'a FuseOptions,
     pub runtime: &'a Handle,
+}
+
+impl Parts<'_> {
+    fn erofs(&self) -> ErofsOptions {
+        ErofsOptions { special: self.special, ..ErofsOptions::default() }
+    }
 }
 
 /// A tree that is mounted. Dropping it unmounts it.
@@ -101,7 +108,7 @@ impl Lower {
         // Marked before the kernel opens them, and known to the pager before anybody can reach the mount.
         let mut watch = pager.watch(parts.layers)?;
         let devices: Vec<PathBuf> = parts.layers.iter().map(device).collect();
-        let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?;
+        let erofs = DetachedErofs::create(&bootstrap, &devices, &parts.erofs())?;
         watch.mounted(erofs.root())?;
         watch.attached(&shown(parts.shown_at, at))?;
         Ok(Self::Fanotify(erofs.attach(at)?, watch, pager))
@@ -152,7 +159,7 @@ impl Lower {
             (Way::Served(_), None) => unreachable!("what is served has a server"),
         };
         let devices: Vec<PathBuf> = ways.into_iter().map(path).collect();
-        let erofs = DetachedErofs::create(&bootstrap, &devices, &ErofsOptions::default())?.hear_goodbye()?;
+        let erofs = DetachedErofs::create(&bootstrap, &devices, &parts.erofs())?.hear_goodbye()?;
         if let Some(server) = &mut server {
             server.seal();
         }

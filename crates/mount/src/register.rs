@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn names_are_read_whole() {
         assert_eq!(parse(b"loris mounts 1\n/a\nb\0/c\0/cut").unwrap(), [Path::new("/a\nb"), Path::new("/c")]);
-        assert_eq!(parse(b"loris mounts 1\n").unwrap(), [Path::new(""); 0]);
+        assert!(parse(b"loris mounts 1\n").unwrap().is_empty());
         assert_eq!(parse(b"something"), None);
     }
 }

@@ -99,7 +99,7 @@ fn what_does_not_start_says_why_in_a_line() {
     let lazy = name_of(&convert(&place, small, "lazy", &[]));
     {
         let _alone = containers();
-        for image in [lazy.clone(), name_of(small)] {
+        for image in [lazy, name_of(small)] {
             let ran = run(place.loris("run --quiet --net none").args([&image, "no-such-program"])).failed(127, &[]);
             assert_eq!(ran.stderr, "loris: program not found in the container: \"no-such-program\"\n");
         }

@@ -136,8 +136,8 @@ fn two_mounts_of_one_layer() {
                 for at in [one.path(), other.path()] {
                     let contents = &contents;
                     scope.spawn(move || {
-                        for number in 0..10 {
-                            check(&at.join(format!("f{number}")), &contents[number], number).unwrap();
+                        for (number, content) in contents.iter().enumerate().take(10) {
+                            check(&at.join(format!("f{number}")), content, number).unwrap();
                         }
                     });
                 }

@@ -154,6 +154,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
+        opened.prefetch();
         Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec() })
     }
 

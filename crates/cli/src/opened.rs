@@ -137,6 +137,18 @@ impl Opened {
         Tree::merged(&indexes)
     }
 
+    /// Fetches what the writers of the layers marked as worth it, behind whatever is read. Nobody waits for it.
+    pub(crate) fn prefetch(&self) {
+        for layer in self.layers() {
+            let layer = Arc::clone(layer);
+            tokio::spawn(async move {
+                if let Err(error) = loris_lazy::prefetch(&layer).await {
+                    tracing::debug!(layer = %layer.digest(), %error, "prefetching ended early");
+                }
+            });
+        }
+    }
+
     /// Returns the layers, the lowest first.
     pub(crate) fn layers(&self) -> &[Arc<LazyLayer>] {
         &self.image.layers

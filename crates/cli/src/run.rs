@@ -187,6 +187,7 @@ impl RunArguments {
         let handle = tokio::runtime::Handle::current();
         let root =
             RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
+        opened.prefetch();
         Ok(Root::Lazy(root, opened))
     }
 

@@ -408,8 +408,9 @@ impl Tail {
     }
 }
 
-/// `O_NOFOLLOW`: the store's own files are never links.
-const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
+/// The store's own files are never links; and opening one that somebody has replaced by a named pipe must not wait for
+/// another end of it.
+pub(crate) const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.union(rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
 
 fn open_private(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(NO_FOLLOW).open(path)

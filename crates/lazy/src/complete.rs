@@ -49,12 +49,15 @@ async fn fill_first(layer: &Arc<LazyLayer>, count: usize) -> Result<(), EnsureEr
     let policy = FetchPolicy { gap_bytes: WINDOW_BYTES / 8, max_request_bytes: WINDOW_BYTES, read_ahead_bytes: 0 };
     layer.refresh()?;
     let missing = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame)).collect::<Vec<_>>();
-    let windows = missing.chunk_by(|&a, &b| window(layer, a) == window(layer, b));
-    let policy = &policy;
-    stream::iter(windows)
-        .map(|window| async move {
-            let _turn = layer.gates.background().await;
-            layer.fill(window, policy).await
+    // Owned, so that this can be spawned.
+    let windows = missing.chunk_by(|&a, &b| window(layer, a) == window(layer, b)).map(<[FrameId]>::to_vec);
+    stream::iter(windows.collect::<Vec<_>>())
+        .map(|window| {
+            let layer = Arc::clone(layer);
+            async move {
+                let _turn = layer.gates.background().await;
+                layer.fill(&window, &policy).await
+            }
         })
         .buffered(WINDOWS)
         .fold(Ok(()), |first, next| std::future::ready(Result::and(first, next)))

@@ -13,8 +13,8 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::{self, Write as _},
-    os::unix::fs::{MetadataExt as _, PermissionsExt as _},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
@@ -22,7 +22,7 @@ use std::{
 use loris_format::{digest::Digest, index::LayerIndex};
 
 use crate::{
-    cache::{LayerCache, create_private_directory},
+    cache::{LayerCache, NO_FOLLOW, create_private_directory},
     error::StoreError,
     gates::Gates,
 };
@@ -170,12 +170,22 @@ fn check_owner(root: &Path) -> Result<(), StoreError> {
     Err(StoreError::Exposed { path: root.to_owned(), detail })
 }
 
+/// Reads the first 200 bytes of a file, and nothing of what is no file.
+fn read_start(path: &Path) -> io::Result<Vec<u8>> {
+    let file = File::options().read(true).custom_flags(NO_FOLLOW).open(path)?;
+    let mut text = Vec::new();
+    if file.metadata()?.is_file() {
+        file.take(200).read_to_end(&mut text)?;
+    }
+    Ok(text)
+}
+
 fn check_version(root: &Path) -> Result<(), StoreError> {
     let path = root.join("version");
     loop {
-        match std::fs::read(&path) {
+        match read_start(&path) {
             Ok(text) => {
-                let text = String::from_utf8_lossy(&text[..text.len().min(200)]);
+                let text = String::from_utf8_lossy(&text);
                 let found = text.lines().next().unwrap_or_default();
                 return match found {
                     VERSION => Ok(()),
@@ -238,6 +248,17 @@ mod tests {
             assert!(expected(&error), "{name} {content:?}: {error}");
             assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         }
+    }
+
+    #[test]
+    fn a_named_pipe_in_the_place_of_a_file_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("version");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        assert!(matches!(Store::open(directory.path()), Err(StoreError::NotAStore { .. })));
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+        assert!(Store::open(directory.path()).is_err());
     }
 
     #[test]

@@ -274,6 +274,43 @@ fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
     }
 }
 
+/// When everything was read, nothing of ours is on the way any more.
+#[test]
+fn a_complete_image_outlives_all_processes() {
+    let test = "a_complete_image_outlives_all_processes";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
+    if !can_page(test, &place) {
+        return;
+    }
+    let converted = convert(&place, small, "converted", &[]);
+    let at = place.make("mnt");
+    ok(place.loris("mount --engine fanotify").arg(format!("oci:{}:t", converted.display())).arg(&at));
+    let both = [server(&at, false, &[]), server(&at, true, &[])];
+    let sums = || {
+        let script = "find . -type f -print0 | sort -z | xargs -0 cksum";
+        ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
+    };
+    let expected = sums();
+    let marks = || {
+        let infos = fs::read_dir(format!("/proc/{}/fdinfo", both[0].as_raw_nonzero())).unwrap().filter_map(Result::ok);
+        let infos = infos.filter_map(|info| fs::read_to_string(info.path()).ok());
+        infos.map(|info| info.matches("fanotify ino:").count()).sum::<usize>()
+    };
+    let end = Instant::now() + LIMIT;
+    while marks() > 0 {
+        assert!(Instant::now() < end, "{} data files are still marked", marks());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
+    both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+    // What the kernel has cached would prove nothing.
+    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+    assert_eq!(sums(), expected);
+    ok(place.loris("umount").arg(&at));
+    place.assert_clean();
+}
+
 #[test]
 fn a_container_dies_with_its_owner_and_leaves_nothing() {
     let test = "a_container_dies_with_its_owner_and_leaves_nothing";

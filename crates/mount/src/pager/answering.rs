@@ -17,6 +17,9 @@ use super::{
     slots::{self, Left},
 };
 
+/// So many extents of a layer that nobody has asked for are fetched to be done with it.
+const LEFT_OVER: u64 = 2;
+
 /// An event that was read and not answered. Dropped without an answer, it is refused: no reader waits for ever, and
 /// none goes on without its bytes.
 struct Pending {
@@ -140,9 +143,24 @@ fn fill(pending: Pending, watched: Vec<Watched>, range: &Range<u64>, size: u64) 
                 pending.pager.files.complain(&layer, range, &error);
                 return pending.answer(Answer::Deny(errno(&error)));
             }
+            finish(&layer);
         }
         pending.answer(Answer::Allow);
     });
+}
+
+/// Fetches what is left of a layer, where that is so little that it costs less than the mark: every read of a marked file
+/// is asked for. Mostly it is what no program ever reads, as the landmarks of eStargz.
+fn finish(layer: &Arc<LazyLayer>) {
+    let statistics = layer.statistics();
+    if (1..=LEFT_OVER).contains(&(statistics.extents_total - statistics.extents_filled)) {
+        let layer = Arc::clone(layer);
+        tokio::spawn(async move {
+            if let Err(error) = loris_lazy::complete(&layer).await {
+                tracing::debug!(layer = %layer.digest(), %error, "the rest of a layer is left for later");
+            }
+        });
+    }
 }
 
 async fn filled(

@@ -64,6 +64,7 @@ fn readers_wait_until_their_bytes_are_there() {
     let file = reader(layer);
     let at = data_of(layer, "d/big");
     assert_eq!(layer.statistics().extents_filled, 0);
+    assert!(is_marked(layer));
     let mut bytes = vec![0; 100];
     file.read_exact_at(&mut bytes, at + 3 * CHUNK as u64).unwrap();
     assert_eq!(bytes, content[3 * CHUNK..3 * CHUNK + 100]);
@@ -102,12 +103,23 @@ fn a_complete_layer_needs_nobody() {
     let at = usize::try_from(data_of(layer, "d/big")).unwrap();
     assert_eq!(all[at..at + content.len()], content);
     assert!(layer.is_complete());
-    // The mark is gone as soon as the task that waits for this was run: a group of our own, with the same mark, is asked
-    // alone then.
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    while is_marked(layer) {
+        assert!(std::time::Instant::now() < end, "a complete layer is still marked");
+        std::thread::sleep(Duration::from_millis(5));
+    }
     drop((watch, pager));
     let mut again = vec![0; content.len()];
     file.read_exact_at(&mut again, at as u64).unwrap();
     assert_eq!(again, content);
+}
+
+/// Whether any group of this process is asked for a layer's reads.
+fn is_marked(layer: &LazyLayer) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let wanted = format!("fanotify ino:{:x} ", layer.data_file().metadata().unwrap().ino());
+    let infos = std::fs::read_dir("/proc/self/fdinfo").unwrap().filter_map(Result::ok);
+    infos.filter_map(|info| std::fs::read_to_string(info.path()).ok()).any(|info| info.contains(&wanted))
 }
 
 #[test]

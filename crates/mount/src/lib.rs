@@ -9,6 +9,7 @@
 //! - [`overlay`]: overlayfs over such trees, so that the root file system of a container can be written to.
 //! - [`rootfs`]: both put together, and taken apart again in reverse order.
 //! - [`unpack`]: a layer as plain files, for a full pull.
+//! - [`removal`]: what was made, removed again, however deep.
 //! - [`mounts`]: what is mounted, as the kernel says; which of it is ours; how to get rid of it.
 //! - [`probe`]: what this machine allows, and what to do about what it does not.
 //!
@@ -28,6 +29,7 @@ pub mod overlay;
 pub mod pager;
 pub mod probe;
 pub mod register;
+pub mod removal;
 pub mod rootfs;
 pub mod unpack;
 

@@ -41,6 +41,7 @@ use crate::{
     overlay::{OverlayMount, OverlayOptions, Upper},
     pager::{Pager, PagerOptions},
     probe::{Wish, probe},
+    removal::remove_tree,
 };
 
 mod lower;
@@ -396,7 +397,7 @@ fn remove(directory: &Path) -> Result<(), MountError> {
     if mounts::list()?.iter().any(|mount| mount.mountpoint.starts_with(directory)) {
         return Err(failed(io::Error::new(io::ErrorKind::ResourceBusy, "something is still mounted in it")));
     }
-    match fs::remove_dir_all(directory) {
+    match remove_tree(directory) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(error)),
         _ => Ok(()),
     }

@@ -123,7 +123,15 @@ impl Unpacking<'_> {
             return self.root_entry(entry);
         };
         let parent_path = path[..path.len() - name.len()].strip_suffix(b"/").unwrap_or_default().to_vec();
-        let parent = self.parent(entry, parent_path)?;
+        let parent = match self.parent(entry, parent_path) {
+            // A marker below what is no directory hides nothing, as in `loris_format::tree`.
+            Err(UnpackError::System { source, .. })
+                if name.starts_with(WHITEOUT) && source.kind() == io::ErrorKind::NotADirectory =>
+            {
+                return Ok(());
+            }
+            parent => parent?,
+        };
         let failed = |doing| move |errno: Errno| failure(&entry.path, doing, errno);
         if name == OPAQUE {
             let outcome = self.mark_opaque(&parent);
@@ -345,8 +353,7 @@ fn remove(parent: &OwnedFd, name: &[u8], for_directory: bool) -> Result<(), Errn
     if for_directory {
         return Ok(());
     }
-    // std's removal does not follow links and can't be led out of the directory while it goes on.
-    std::fs::remove_dir_all(OsStr::from_bytes(&descriptor_path(parent, name)))
+    crate::removal::remove_tree(Path::new(OsStr::from_bytes(&descriptor_path(parent, name))))
         .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
 }
 

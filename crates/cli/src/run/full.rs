@@ -18,6 +18,7 @@ use loris_format::{
 };
 use loris_mount::{
     overlay::{OverlayMount, OverlayOptions, Upper},
+    removal::remove_tree,
     unpack::unpack_layer,
 };
 use loris_oci::{Descriptor, ImageSource};
@@ -82,7 +83,8 @@ impl Unpacked {
 
     pub(super) fn take_down(self) -> Result<()> {
         self.overlay.unmount().context("unmounting the root file system")?;
-        self.folder.close().context("removing what was unpacked")
+        let folder = self.folder.keep();
+        remove_tree(&folder).with_context(|| format!("removing what was unpacked, {}", folder.display()))
     }
 }
 

@@ -239,7 +239,7 @@ fn rfc3339((seconds, nanoseconds): (i64, u32)) -> String {
 }
 
 /// A header. Nobody reads those of files, whose names come from the table of contents.
-fn header(name: &str, length: usize) -> [u8; 512] {
+pub fn header(name: &str, length: usize) -> [u8; 512] {
     let mut header = [0; 512];
     header[..name.len()].copy_from_slice(name.as_bytes());
     header[100..108].copy_from_slice(b"0000644\0");

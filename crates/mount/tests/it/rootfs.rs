@@ -202,3 +202,21 @@ fn a_dead_mount_is_named_and_removed() {
         assert_eq!(fs::read(rootfs.path().join("f")).unwrap(), b"x");
     }
 }
+
+/// Both orders: a file before the marker below it, and after it.
+#[test]
+fn a_marker_below_a_file_hides_nothing() {
+    if !loris_testkit::require_root("a_marker_below_a_file_hides_nothing") {
+        return;
+    }
+    let file = [&crate::image::header("a", 1)[..], b"x", &[0; 511]].concat();
+    let markers = [crate::image::header("a/.wh.x", 0), crate::image::header("a/.wh..wh..opq", 0)].concat();
+    for archive in [[&file[..], &markers].concat(), [&markers[..], &file].concat()] {
+        let archive = [&archive[..], &[0; 1024]].concat();
+        let directory = tempfile::tempdir().unwrap();
+        let limits = loris_format::limits::Limits::default();
+        let style = loris_format::tree::OpaqueStyle::Trusted;
+        loris_mount::unpack::unpack_layer(&mut &archive[..], directory.path(), style, &limits).unwrap();
+        assert_eq!(fs::read(directory.path().join("a")).unwrap(), b"x");
+    }
+}

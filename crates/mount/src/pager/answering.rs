@@ -143,6 +143,7 @@ fn fill(pending: Pending, watched: Vec<Watched>, range: &Range<u64>, size: u64) 
                 pending.pager.files.complain(&layer, range, &error);
                 return pending.answer(Answer::Deny(errno(&error)));
             }
+            pending.pager.files.waited_well(&layer);
             finish(&layer);
         }
         pending.answer(Answer::Allow);

@@ -196,6 +196,16 @@ impl Files {
         }
     }
 
+    /// Notes that a layer's content can be had again.
+    pub(super) fn waited_well(&self, layer: &LazyLayer) {
+        let mut table = self.lock();
+        if !table.failed.is_empty()
+            && let Ok(identity) = identity(layer.data_file())
+        {
+            table.failed.remove(&identity);
+        }
+    }
+
     /// Logs why a range cannot be read: once a layer, since programs try again and again.
     pub(super) fn complain(&self, layer: &LazyLayer, range: DataRange, error: &EnsureError) {
         let Ok(identity) = identity(layer.data_file()) else { return };

@@ -13,6 +13,7 @@ use loris_mount::{
     fuse::{FuseMount, FuseOptions},
     mounts::{self, Unmounted},
     overlay::{OverlayMount, OverlayOptions},
+    rootfs::{Access, RootFs, RootFsOptions},
 };
 use loris_testkit::tree::{Ignore, differences, facts};
 use rustix::io::Errno;
@@ -263,9 +264,16 @@ fn nothing_can_be_written() {
         for (what, result) in attempts {
             assert_eq!(result.unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem, "{what}");
         }
-        // Devices work: a root file system has some.
-        assert_eq!(fs::read(mountpoint.join("null")).unwrap(), b"");
-        fs::write(mountpoint.join("null"), "gone").unwrap();
+        // Devices are plain names, unless they are asked for: a container's root file system has some.
+        assert_eq!(fs::read(mountpoint.join("null")).unwrap_err().kind(), io::ErrorKind::PermissionDenied, "{engine}");
+        let with_devices = image.mountpoint("with-devices");
+        let options = RootFsOptions {
+            special: loris_mount::Special::ALL,
+            ..crate::options(engine, &image, Access::ReadOnly, Some(&with_devices))
+        };
+        let _with_devices = RootFs::assemble(&image.layers, &options, image.runtime.handle()).unwrap();
+        assert_eq!(fs::read(with_devices.join("null")).unwrap(), b"");
+        fs::write(with_devices.join("null"), "gone").unwrap();
         let missing = fs::metadata(mountpoint.join("d/missing")).unwrap_err();
         assert_eq!(missing.kind(), io::ErrorKind::NotFound);
         let info = mounts::find(&mountpoint).unwrap().unwrap();

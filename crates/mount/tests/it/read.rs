@@ -90,7 +90,9 @@ fn unmounting_does_not_wait_for_a_read() {
 #[test]
 fn a_runtime_that_is_gone_is_an_error() {
     for engine in engines("a_runtime_that_is_gone_is_an_error") {
-        let image = TestImage::new(&[vec![file("f", "x"), file("g", "y")]]);
+        // More than one file that is left, which would be fetched to be done with the layer.
+        let others = ["g", "h", "i", "j", "k"].map(|name| file(name, name));
+        let image = TestImage::new(&[[vec![file("f", "x")], others.to_vec()].concat()]);
         let mountpoint = image.mountpoint("mounted");
         let mounted = mount(engine, &image, &mountpoint);
         assert_eq!(fs::read(mountpoint.join("f")).unwrap(), b"x");

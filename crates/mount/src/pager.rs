@@ -199,7 +199,7 @@ impl Pager {
         let slots = u32::try_from(descriptors.saturating_sub(SPARE_DESCRIPTORS)).unwrap_or(SLOTS).clamp(16, SLOTS);
         let group = Group::new().map_err(PagerError::Group)?;
         let journal = Journal::create(slots).map_err(PagerError::Journal)?;
-        let mounts = Mounts::new(&journal).map_err(PagerError::Inotify)?;
+        let mounts = Mounts::new().map_err(PagerError::Inotify)?;
         let register = Register::create(&options.register)?;
         if let Some(note) = &options.note {
             register.note(note)?;
@@ -304,7 +304,7 @@ impl Drop for Pager {
     fn drop(&mut self) {
         self.inner.stopping.store(true, Ordering::SeqCst);
         // While mounts of ours are in use somewhere, the keeper refuses their reads: they must not read zeros.
-        let are_up = self.inner.mounts.are_up(&self.inner.journal);
+        let are_up = self.inner.journal.has_mounts();
         self.inner.keeper.leave(are_up);
         if !are_up {
             self.inner.register().remove();
@@ -362,7 +362,10 @@ impl Inner {
     /// Is the thread that hears of mounts that are gone.
     fn read_mounts(self: &Arc<Self>) {
         loop {
-            let mut wanted = [PollFd::new(self.mounts.source(), PollFlags::IN), PollFd::new(&self.stop, PollFlags::IN)];
+            let mut wanted = [
+                PollFd::from_borrowed_fd(self.mounts.descriptor(), PollFlags::IN),
+                PollFd::new(&self.stop, PollFlags::IN),
+            ];
             let _ = poll(&mut wanted, None);
             if self.stopping.load(Ordering::SeqCst) {
                 return;
@@ -432,6 +435,7 @@ impl Inner {
         match expected.recv_timeout(OWN_EVENT) {
             Ok(data) => layer.fill_through(data),
             Err(_) => {
+                self.files.take_expected(identity(layer.data_file())?);
                 let problem = "another process watches it and does not answer";
                 Err(io::Error::new(io::ErrorKind::TimedOut, problem))
             }
@@ -440,28 +444,26 @@ impl Inner {
 
     /// Sees to it that a layer's mark goes when the layer is complete: its reads concern nobody any more then.
     fn unmark_when_complete(self: &Arc<Self>, layer: &Arc<LazyLayer>) {
-        let (pager, layer) = (Arc::downgrade(self), Arc::downgrade(layer));
-        self.runtime.spawn(async move {
+        let (pager, waiting) = (Arc::downgrade(self), Arc::clone(layer));
+        let task = async move {
             loop {
-                let Some(layer) = layer.upgrade() else { return };
+                waiting.completed().await;
                 // What does not reach the disk is forgotten again, and must be asked for then.
-                layer.completed().await;
-                match layer.sync().await {
-                    Ok(()) if layer.is_complete() => {
-                        if let Some(pager) = pager.upgrade() {
-                            let _marking = pager.marking();
-                            pager.unmark(&layer);
-                        }
-                        return;
-                    }
+                match waiting.sync().await {
+                    Ok(()) if waiting.is_complete() => break,
                     Ok(()) => {}
                     Err(error) => {
-                        tracing::warn!(layer = %layer.digest(), %error, "a layer is complete but not on the disk");
+                        tracing::warn!(layer = %waiting.digest(), %error, "a layer is complete but not on the disk");
                         tokio::time::sleep(RETRY).await;
                     }
                 }
             }
-        });
+            if let Some(pager) = pager.upgrade() {
+                let _marking = pager.marking();
+                pager.unmark(&waiting);
+            }
+        };
+        self.files.await_completion(layer, || self.runtime.spawn(task).abort_handle());
     }
 
     fn unmark(&self, layer: &LazyLayer) {

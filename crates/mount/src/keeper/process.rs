@@ -285,7 +285,7 @@ impl Keeper {
                 child = None;
             }
             self.read_mounts();
-            if child.is_none() && self.journal.mounts().all(|mount| mount.load(Ordering::Acquire) == 0) {
+            if child.is_none() && !self.journal.has_mounts() {
                 return Ok(());
             }
             let mut wanted = [PollFd::new(&self.group, PollFlags::IN), PollFd::new(&self.inotify, PollFlags::IN)];
@@ -326,9 +326,7 @@ impl Keeper {
             if !event.events().intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) {
                 continue;
             }
-            if let Some(mount) = self.journal.mounts().find(|mount| mount.load(Ordering::Relaxed) == event.wd()) {
-                mount.store(0, Ordering::Release);
-            }
+            self.journal.forget_mount(event.wd());
         }
     }
 }

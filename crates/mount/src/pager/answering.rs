@@ -13,8 +13,9 @@ use rustix::io::Errno;
 use super::{
     Inner, errno,
     event::{Answer, Event},
+    event_file,
     files::Watched,
-    slots::{self, Left},
+    slots::Left,
 };
 
 /// So many extents of a layer that nobody has asked for are fetched to be done with it.
@@ -55,7 +56,7 @@ impl Drop for Pending {
 /// Answers the event that was read into a slot: at once, or by a task.
 pub(super) fn answer(pager: &Arc<Inner>, slot: u32) {
     let event = Event::parse(&pager.journal.event(slot));
-    let file = event.as_ref().ok().and_then(slots::file_of);
+    let file = event.as_ref().ok().and_then(|event| event_file(event.descriptor));
     let (Ok(event), Some(file)) = (event, file) else {
         // An overflow, which the flags of the group rule out, or a kernel of the future.
         tracing::error!("the kernel sent an event that is not understood");
@@ -69,7 +70,10 @@ pub(super) fn answer(pager: &Arc<Inner>, slot: u32) {
         Pending { pager: Arc::clone(pager), slot, descriptor, number: Some(file), answer: Answer::Deny(Errno::IO) };
     let Ok(metadata) = metadata else { return };
     let identity = (metadata.st_dev, metadata.st_ino);
-    if event.process == rustix::process::getpid().as_raw_nonzero().get()
+    let size = u64::try_from(metadata.st_size).unwrap_or_default();
+    // A read of content is never taken for it: that begins before the file's end.
+    if event.range.start >= size
+        && event.process == rustix::process::getpid().as_raw_nonzero().get()
         && let Some(waiting) = pager.files.take_expected(identity)
     {
         // Brought about by `Inner::fill_unasked`. Nothing is mounted that could be meant.
@@ -81,7 +85,7 @@ pub(super) fn answer(pager: &Arc<Inner>, slot: u32) {
     let Some((key, watched)) = pager.files.find(identity) else {
         // Either no mount of ours reads it any more, and somebody looks at the store; or something went wrong that must
         // not show zeros.
-        let answer = if pager.mounts.are_up(&pager.journal) { Answer::Deny(Errno::IO) } else { Answer::Allow };
+        let answer = if pager.journal.has_mounts() { Answer::Deny(Errno::IO) } else { Answer::Allow };
         return pending.answer(answer);
     };
     pager.journal.key(slot).store(key, Ordering::Release);
@@ -89,7 +93,6 @@ pub(super) fn answer(pager: &Arc<Inner>, slot: u32) {
     if event.range.is_empty() {
         return pending.answer(Answer::Allow);
     }
-    let size = u64::try_from(metadata.st_size).unwrap_or_default();
     fill(pending, vec![watched], &event.range, size);
 }
 

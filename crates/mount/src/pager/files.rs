@@ -10,6 +10,7 @@ use std::{
 
 use loris_format::position::DataRange;
 use loris_lazy::{EnsureError, LazyLayer};
+use tokio::task::AbortHandle;
 
 use super::identity;
 
@@ -62,6 +63,18 @@ struct Entry {
     uses: usize,
     /// The descriptors of an orphan, which nobody else holds here.
     kept: Option<[File; 2]>,
+    /// The task that waits until the layer is complete.
+    completion: Option<Completion>,
+}
+
+/// A task that holds the layer, and ends when nobody watches that any more.
+#[derive(Debug)]
+struct Completion(AbortHandle);
+
+impl Drop for Completion {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
 }
 
 impl Files {
@@ -76,8 +89,10 @@ impl Files {
             let identity = identity(&kept[0])?;
             let entry = match opened.get(&identity) {
                 // Counted as used for as long as this process lives: mounts that are out of sight may read it.
-                Some(&layer) => Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None },
-                None => Entry { key, watched: Watched::Orphan, uses: 1, kept: Some(kept) },
+                Some(&layer) => {
+                    Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None, completion: None }
+                }
+                None => Entry { key, watched: Watched::Orphan, uses: 1, kept: Some(kept), completion: None },
             };
             table.last_key = table.last_key.max(key);
             table.by_key.insert(key, identity);
@@ -98,9 +113,20 @@ impl Files {
         table.last_key += 1;
         let key = table.last_key;
         table.by_key.insert(key, identity);
-        let entry = Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None };
+        let entry = Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None, completion: None };
         table.by_identity.insert(identity, entry);
         Ok(FileId { key, identity })
+    }
+
+    /// Starts the task that waits until a layer is complete, unless there is one or nobody watches the layer.
+    pub(super) fn await_completion(&self, layer: &LazyLayer, start: impl FnOnce() -> AbortHandle) {
+        let Ok(identity) = identity(layer.data_file()) else { return };
+        let mut table = self.lock();
+        let Some(entry) = table.by_identity.get_mut(&identity) else { return };
+        // One that has ended is of a layer that was complete and is not any more.
+        if entry.completion.as_ref().is_none_or(|completion| completion.0.is_finished()) {
+            entry.completion = Some(Completion(start()));
+        }
     }
 
     /// Takes a use away; returns the layer where it was the last one.

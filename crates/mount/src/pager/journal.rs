@@ -137,6 +137,18 @@ impl Journal {
         (0..MOUNTS).map(|number| unsafe { AtomicI32::from_ptr(self.at(MOUNTS_AT + 4 * number).cast()) })
     }
 
+    /// Whether any mount is up.
+    pub(crate) fn has_mounts(&self) -> bool {
+        self.mounts().any(|mount| mount.load(Ordering::Acquire) != 0)
+    }
+
+    /// Takes a mount that is gone out of the table.
+    pub(crate) fn forget_mount(&self, watch: i32) {
+        if let Some(mount) = self.mounts().find(|mount| mount.load(Ordering::Relaxed) == watch) {
+            mount.store(0, Ordering::Release);
+        }
+    }
+
     /// Lets the kernel write one event into a slot that this thread has claimed.
     pub(crate) fn read_event(&self, slot: u32, group: impl AsFd) -> io::Result<usize> {
         // SAFETY: the bytes are mapped, and by the claim nobody else reads or writes them.

@@ -8,7 +8,7 @@ use std::{
     sync::{Condvar, Mutex, MutexGuard, PoisonError, atomic::Ordering},
 };
 
-use super::{event::Event, event_file, journal::Journal};
+use super::{event::Event, journal::Journal};
 
 /// The free slots.
 #[derive(Debug)]
@@ -107,11 +107,6 @@ fn park(number: i32) -> io::Result<OwnedFd> {
     }
     // The lowest free number that is not below `number`.
     Ok(rustix::io::fcntl_dupfd_cloexec(&nothing, number)?)
-}
-
-/// Takes the descriptor of a new event.
-pub(super) fn file_of(event: &Event) -> Option<OwnedFd> {
-    event_file(event.descriptor)
 }
 
 #[cfg(test)]

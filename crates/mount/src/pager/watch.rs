@@ -46,7 +46,7 @@ struct Mounted {
 }
 
 impl Mounts {
-    pub(super) fn new(_journal: &Journal) -> io::Result<Self> {
+    pub(super) fn new() -> io::Result<Self> {
         let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
         Ok(Self { inotify, state: Mutex::default() })
     }
@@ -60,14 +60,6 @@ impl Mounts {
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
         self.inotify.as_fd()
-    }
-
-    pub(super) fn source(&self) -> &OwnedFd {
-        &self.inotify
-    }
-
-    pub(super) fn are_up(&self, journal: &Journal) -> bool {
-        journal.mounts().any(|mount| mount.load(Ordering::Acquire) != 0)
     }
 
     /// Waits until every mount that is up is gone.
@@ -112,9 +104,7 @@ impl Mounts {
                 continue;
             }
             let Some(mounted) = state.remove(&event.wd()) else { continue };
-            if let Some(slot) = journal.mounts().find(|mount| mount.load(Ordering::Relaxed) == event.wd()) {
-                slot.store(0, Ordering::Release);
-            }
+            journal.forget_mount(event.wd());
             mounted.gone.send_replace(true);
             released.extend(mounted.left);
         }

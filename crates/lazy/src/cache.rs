@@ -236,6 +236,12 @@ impl LayerCache {
         self.sync_wanted.swap(false, Ordering::Relaxed)
     }
 
+    /// Forgets extents whose content turned out to be damaged.
+    pub(crate) fn forget(&self, extents: impl IntoIterator<Item = usize>) -> io::Result<()> {
+        self.complete.send_replace(false);
+        self.filled.forget(extents)
+    }
+
     /// Makes what was published so far survive a power failure: first the data reaches the disk, then the bits.
     ///
     /// Where the data does not, it can't be trusted from now on and is forgotten.
@@ -411,6 +417,10 @@ impl Tail {
 /// The store's own files are never links; and opening one that somebody has replaced by a named pipe must not wait for
 /// another end of it.
 pub(crate) const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.union(rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
+
+pub(crate) fn open_existing(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(NO_FOLLOW).open(path)
+}
 
 fn open_private(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(NO_FOLLOW).open(path)

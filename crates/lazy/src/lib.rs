@@ -9,6 +9,7 @@
 //! - [`derived`]: what is made out of layers and kept beside them.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
 //! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
 //!   pure, so that the policy can be replaced without touching anything else.
 //!
@@ -35,6 +36,7 @@
 //! that opens it), terminals.
 #![forbid(unsafe_code)]
 
+mod agreement;
 mod cache;
 mod fetch;
 mod filled;
@@ -45,6 +47,8 @@ pub mod error;
 pub mod layer;
 pub mod open;
 pub mod plan;
+pub mod proof;
+mod rest;
 mod schedule;
 mod sequence;
 pub mod store;
@@ -54,4 +58,5 @@ pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;
+pub use proof::Verdict;
 pub use store::{Store, StoreOptions};

@@ -3,6 +3,7 @@
 
 mod blob;
 mod open;
+mod proof;
 mod read;
 mod restart;
 mod source;

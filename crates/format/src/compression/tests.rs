@@ -383,10 +383,11 @@ fn all_of_a_frame_is_all_of_its_members() {
         assert_eq!(all(&compressed, 1 << 20).unwrap(), (both.clone(), true), "{name}");
         // Too much, or damaged behind the content: the content alone.
         assert_eq!(all(&compressed, length).unwrap(), (content.clone(), false), "{name}");
-        if codec != Codec::Stored {
+        // A block of zstd is all or nothing.
+        if name.starts_with("two") {
             let cut = &compressed[..compressed.len() - 2];
             assert_eq!(all(cut, 1 << 20).unwrap(), (content.clone(), false), "{name}");
         }
-        assert!(all(&compressed[..compressed.len() / 2 - 20], 1 << 20).is_err(), "{name}");
+        assert!(all(&compressed[..8], 1 << 20).is_err(), "{name}");
     }
 }

@@ -17,6 +17,7 @@ use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
     plan::fetched_range,
+    schedule::{Claim, Turn},
 };
 
 /// What became of a frame.
@@ -69,20 +70,21 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`.
-    pub(crate) async fn run(mut self, range: BlobRange) {
+    /// Brings all frames, which lie in `range`, when their turn has come.
+    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let layer = Arc::clone(&self.layer);
-        let place = layer.gates.request().await;
-        // Frames are decoded one after the other: what is held is the request and the largest of them.
-        let frames = layer.index.frames();
-        let decoded = self.tickets.iter().map(|ticket| frames[ticket.frame.0 as usize].decoded_length).max();
-        let memory = layer.gates.memory(range.length.saturating_add(decoded.unwrap_or(0))).await;
+        let mut turn = match turn {
+            Some(mut turn) => {
+                turn.resize(claim.bytes);
+                turn
+            }
+            None => layer.schedule.turn(claim).await,
+        };
         let fetched = layer.fetch(range).await;
-        // The link must not stand idle while this is decoded.
-        drop(place);
+        turn.landed();
         match fetched {
             Ok(bytes) => {
-                let decoding = layer.gates.decoder().await;
+                let decoding = layer.schedule.decoder(turn.urgency()).await;
                 let landing = tokio::task::spawn_blocking(move || {
                     self.land(range, &bytes);
                     drop(decoding);
@@ -92,7 +94,10 @@ impl Flights {
             }
             Err(error) => self.fail(&error),
         }
-        drop(memory);
+        drop(turn);
+        if let Some(link) = layer.source.link() {
+            layer.schedule.note_round_trip(link.round_trip);
+        }
         if layer.cache.take_sync_wanted()
             && let Err(error) = layer.sync().await
         {

@@ -8,8 +8,9 @@
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
 //! - [`derived`]: what is made out of layers and kept beside them.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
-//! - [`layer`]: [`LazyLayer`]. [`prefetch()`], [`complete()`]: reading ahead of anyone who asks.
-//! - [`plan`]: which bytes to ask for; pure, so that the policy can be replaced without touching anything else.
+//! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
+//!   pure, so that the policy can be replaced without touching anything else.
 //!
 //! ```no_run
 //! # async fn example(
@@ -37,7 +38,6 @@
 mod cache;
 mod fetch;
 mod filled;
-mod gates;
 
 pub mod complete;
 pub mod derived;
@@ -45,9 +45,11 @@ pub mod error;
 pub mod layer;
 pub mod open;
 pub mod plan;
+mod schedule;
+mod sequence;
 pub mod store;
 
-pub use complete::{complete, prefetch};
+pub use complete::{Completion, complete, complete_all, prefetch};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};

@@ -24,7 +24,7 @@ use loris_format::{digest::Digest, index::LayerIndex};
 use crate::{
     cache::{LayerCache, NO_FOLLOW, create_private_directory},
     error::StoreError,
-    gates::Gates,
+    schedule::Schedule,
 };
 
 /// The line in the file `version`. A newer Loris that can't be read by this one has another.
@@ -35,7 +35,7 @@ const VERSION: &str = "loris layer store 1";
 pub struct StoreOptions {
     /// Most bytes of fetched and decoded frames in memory. A single frame that needs more is fetched alone.
     pub memory_bytes: u64,
-    /// Most requests under way. The source has its own bound for each host.
+    /// Most requests under way that somebody waits for. The source has its own bound for each host.
     pub requests: usize,
     /// Most frames being decoded: as many as there are processors.
     pub decoders: usize,
@@ -44,7 +44,7 @@ pub struct StoreOptions {
 impl Default for StoreOptions {
     fn default() -> Self {
         let decoders = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { memory_bytes: 64 << 20, requests: 16, decoders }
+        Self { memory_bytes: 128 << 20, requests: 16, decoders }
     }
 }
 
@@ -57,7 +57,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    gates: Arc<Gates>,
+    schedule: Arc<Schedule>,
     /// What is open, so that two images with a layer in common have one bitmap of it.
     open: Mutex<HashMap<PathBuf, Slot>>,
     /// By device and inode number.
@@ -87,8 +87,8 @@ impl Store {
         let root = root.canonicalize().map_err(StoreError::file(root))?;
         check_owner(&root)?;
         check_version(&root)?;
-        let gates = Arc::new(Gates::new(options.memory_bytes, options.requests, options.decoders));
-        Ok(Self { inner: Arc::new(Inner { root, gates, open: Mutex::default(), adopted: Mutex::default() }) })
+        let schedule = Arc::new(Schedule::new(options.memory_bytes, options.requests, options.decoders));
+        Ok(Self { inner: Arc::new(Inner { root, schedule, open: Mutex::default(), adopted: Mutex::default() }) })
     }
 
     /// Returns the directory, as an absolute path.
@@ -119,8 +119,8 @@ impl Store {
         adopted.get(&(metadata.dev(), metadata.ino()))?.try_clone().ok()
     }
 
-    pub(crate) fn gates(&self) -> &Arc<Gates> {
-        &self.inner.gates
+    pub(crate) fn schedule(&self) -> &Arc<Schedule> {
+        &self.inner.schedule
     }
 
     /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.

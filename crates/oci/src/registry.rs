@@ -144,6 +144,9 @@ impl Client {
         if routes.len() >= MAX_ROUTES && !routes.contains_key(reference.registry()) {
             routes.clear();
         }
+        if routes.get(reference.registry()).is_some_and(|route| route.is_outdated(&self.inner.config)) {
+            routes.remove(reference.registry());
+        }
         let route = routes.entry(reference.registry().to_owned()).or_insert_with(|| Arc::new(Route::new(reference)));
         Repository { client: self.clone(), route: route.clone(), name: reference.repository().to_owned() }
     }

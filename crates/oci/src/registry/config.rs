@@ -27,6 +27,8 @@ pub struct Config {
     /// Directories as containerd's `/etc/containerd/certs.d`: for each registry one with a `hosts.toml`, which says what
     /// hosts serve its images (`--hosts-dir`). The first with a directory for a registry, or with `_default`, is used.
     pub hosts_dirs: Vec<PathBuf>,
+    /// How long those files are believed before they are looked at again. Images that are open stay with what was read.
+    pub hosts_live: Duration,
     /// stargz-snapshotter's `config.toml`, for the mirrors in it (`--stargz-config`).
     pub stargz_config: Option<PathBuf>,
     /// User name and password for every registry, instead of those in files (`--creds`). Mirrors are not shown them.
@@ -78,6 +80,7 @@ impl Default for Config {
             cert_dir: None,
             cert_roots: own.into_iter().chain(system).collect(),
             hosts_dirs: vec![PathBuf::from("/etc/containerd/certs.d")],
+            hosts_live: Duration::from_secs(60),
             stargz_config: None,
             credentials: None,
             environment,

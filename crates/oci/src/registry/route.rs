@@ -46,13 +46,15 @@ pub(super) struct Route {
     api: String,
     /// Read when the first request is made.
     members: OnceLock<Vec<Member>>,
+    /// When the administrator's files were last looked at.
+    checked_at: Mutex<Instant>,
     ranges: Mutex<Ranges>,
     meter: Mutex<Option<Arc<Meter>>>,
 }
 
 struct Member {
     host: Arc<Host>,
-    capabilities: Capabilities,
+    endpoint: Endpoint,
     health: Mutex<Health>,
 }
 
@@ -121,6 +123,7 @@ impl Route {
             registry: reference.registry().to_owned(),
             api: reference.api_host().to_owned(),
             members: OnceLock::new(),
+            checked_at: Mutex::new(Instant::now()),
             ranges: Mutex::default(),
             meter: Mutex::default(),
         }
@@ -139,11 +142,24 @@ impl Route {
         let endpoints = hosts::endpoints(config, &self.registry)?;
         let member = |endpoint: &Endpoint| Member {
             host: Arc::new(Host::new(&self.registry, &self.api, endpoint)),
-            capabilities: endpoint.capabilities,
+            endpoint: endpoint.clone(),
             health: Mutex::default(),
         };
         // Somebody else may have read them at the same time.
         Ok(self.members.get_or_init(|| endpoints.iter().map(member).collect()))
+    }
+
+    /// Says whether the administrator's files say something else by now. They are looked at once a minute at most.
+    pub(super) fn is_outdated(&self, config: &Config) -> bool {
+        let Some(members) = self.members.get() else { return false };
+        let mut checked_at = self.checked_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if checked_at.elapsed() < config.hosts_live {
+            return false;
+        }
+        *checked_at = Instant::now();
+        // An error is for whoever asks next.
+        let now = hosts::endpoints(config, &self.registry);
+        !now.is_ok_and(|now| now.iter().eq(members.iter().map(|member| &member.endpoint)))
     }
 
     /// Returns the registry itself: the last of its hosts.
@@ -155,7 +171,7 @@ impl Route {
     /// Returns the host that is written to.
     pub(super) fn target(&self, config: &Config) -> Result<&Arc<Host>, Error> {
         let mut members = self.members(config)?.iter();
-        let found = members.find(|member| member.capabilities.has(Capabilities::PUSH));
+        let found = members.find(|member| member.endpoint.capabilities.has(Capabilities::PUSH));
         found.map(|member| &member.host).ok_or_else(|| self.nobody("\"push\""))
     }
 
@@ -268,7 +284,7 @@ impl Trip {
         config: &Config,
     ) -> Result<Self, Error> {
         let members = route.members(config)?;
-        let able = members.iter().enumerate().filter(|(_, member)| member.capabilities.has(wanted));
+        let able = members.iter().enumerate().filter(|(_, member)| member.endpoint.capabilities.has(wanted));
         let candidates: Vec<usize> = able.map(|(number, _)| number).collect();
         if candidates.is_empty() {
             return Err(route.nobody(if wanted.resolve { "\"resolve\"" } else { "\"pull\"" }));

@@ -26,7 +26,7 @@ fn route(hosts: usize) -> Arc<Route> {
     let route = Route::new(&"r.example/a/b".parse().unwrap());
     let member = |_| Member {
         host: Arc::new(Host::new("r.example", "r.example", &Endpoint::registry())),
-        capabilities: Capabilities::ALL,
+        endpoint: Endpoint::registry(),
         health: Mutex::default(),
     };
     assert!(route.members.set((0..hosts).map(member).collect()).is_ok());

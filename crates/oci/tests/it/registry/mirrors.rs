@@ -333,6 +333,64 @@ async fn a_wrong_file_is_an_error_that_names_it() {
 }
 
 #[tokio::test]
+async fn a_file_that_changes_is_read_again() {
+    let site = Site3::start().await;
+    let client = Client::new(Config { hosts_live: Duration::ZERO, ..site.config() }).unwrap();
+    let reference: Reference = site.registry.reference("latest").parse().unwrap();
+    let before = client.source(&reference);
+    before.root().await.unwrap();
+    assert_eq!(site.asked(), [1, 0, 0]);
+    site.hosts(&format!("[host.\"http://{}\"]", site.far.address()));
+    client.source(&reference).root().await.unwrap();
+    assert_eq!(site.asked(), [0, 1, 0]);
+    before.root().await.unwrap();
+    assert_eq!(site.asked(), [1, 0, 0]);
+    site.hosts("server = 1");
+    assert!(matches!(client.source(&reference).root().await, Err(Error::Invalid { .. })));
+}
+
+#[tokio::test]
+async fn certificates_are_those_of_the_file() {
+    let test = "registry::mirrors::certificates_are_those_of_the_file";
+    let upstream = FaultRegistry::start().await;
+    let document = image(&upstream);
+    let options = DockerRegistryOptions {
+        tls: true,
+        client_certificate: true,
+        proxy_of: Some(format!("http://{}", upstream.address())),
+        ..Default::default()
+    };
+    let Some(mirror) = DockerRegistry::start(test, &options).unwrap() else { return };
+    let directory = tempfile::tempdir().unwrap();
+    let own = directory.path().join(upstream.address());
+    std::fs::create_dir(&own).unwrap();
+    let (certificate, key) = mirror.client_certificate();
+    for (from, to) in [(&mirror.ca(), "ca.crt"), (&certificate, "client.cert"), (&key, "client.key")] {
+        std::fs::copy(from, own.join(to)).unwrap();
+    }
+    let both = [std::fs::read(&certificate).unwrap(), std::fs::read(&key).unwrap()].concat();
+    std::fs::write(own.join("both.pem"), both).unwrap();
+    for (settings, works) in [
+        ("ca = \"ca.crt\"\nclient = [[\"client.cert\", \"client.key\"]]", true),
+        ("ca = [\"ca.crt\"]\nclient = \"both.pem\"", true),
+        ("skip_verify = true\nclient = [\"both.pem\"]", true),
+        ("client = \"both.pem\"", false),
+        ("skip_verify = false\nclient = \"both.pem\"", false),
+        ("ca = \"ca.crt\"", false),
+        ("ca = \"missing.crt\"", false),
+        ("ca = \"ca.crt\"\nclient = \"client.cert\"", false),
+    ] {
+        // Alone, so that nobody answers in its place.
+        let server = format!("server = \"https://{}\"\n{settings}", mirror.address());
+        std::fs::write(own.join("hosts.toml"), server).unwrap();
+        let config = Config { hosts_dirs: vec![directory.path().to_owned()], retries: 0, ..config() };
+        let source = Client::new(config).unwrap().source(&upstream.reference("four").parse().unwrap());
+        let outcome = source.root().await;
+        assert_eq!(outcome.as_ref().is_ok_and(|root| *root == document), works, "{settings}: {outcome:?}");
+    }
+}
+
+#[tokio::test]
 async fn the_way_is_measured() {
     let site = Site3::start().await;
     let source = site.source();

@@ -217,6 +217,8 @@ impl UmountArguments {
     pub(crate) fn run(self, global: &Global) -> failure::Result {
         let unmounted = loris_mount::rootfs::unmount_at(&self.directory)
             .with_context(|| format!("unmounting {}", self.directory.display()))?;
+        // Nobody else takes a mount out of the register whose processes are gone.
+        engine::sweep_dead();
         if unmounted == loris_mount::mounts::Unmounted::Detached && !global.quiet {
             eprintln!("{} is still in use; it was detached and goes when its users do", self.directory.display());
         }

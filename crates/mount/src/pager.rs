@@ -127,9 +127,23 @@ struct Inner {
     patience: Duration,
     /// Held while marks and the table of files change together.
     marking: Mutex<()>,
+    /// What is mounted, where mounts are to outlive their processes; else nothing.
+    shown: Mutex<Vec<Shown>>,
+    outlives: bool,
     /// Readable when the threads are to end.
     stop: OwnedFd,
     stopping: AtomicBool,
+}
+
+/// A mount, as the register knows it.
+#[derive(Debug)]
+struct Shown {
+    /// The number of its watch.
+    watch: i32,
+    files: Vec<files::FileId>,
+    mountpoints: Vec<PathBuf>,
+    /// Whether nothing of it is missing, as far as the register was told.
+    is_whole: Option<bool>,
 }
 
 /// What a keeper kept of a pager that was killed.
@@ -257,6 +271,8 @@ impl Pager {
             runtime: runtime.clone(),
             patience: options.patience,
             marking: Mutex::default(),
+            shown: Mutex::default(),
+            outlives: matches!(options.on_death, OnDeath::Restart(_)),
             stop,
             stopping: AtomicBool::new(false),
         });
@@ -405,6 +421,9 @@ impl Inner {
             self.unmark(layer);
             return Ok(id);
         }
+        // It was complete once, and a stranger has cut it.
+        self.files.set_marked(layer, true);
+        self.note_whole();
         // Again also where it is marked: a process before this one may have been killed before it came to it.
         let marked = self
             .group
@@ -471,8 +490,29 @@ impl Inner {
             tracing::warn!(layer = %layer.digest(), %error, "a complete layer stays marked, which costs time");
             return;
         }
-        if let Some(key) = self.files.key_of(layer) {
+        if let Some(key) = self.files.set_marked(layer, false) {
             self.keeper.forget(key);
+        }
+        self.note_whole();
+    }
+
+    /// Tells the register which mounts need no process of ours any more, so that they are left alone where all of these
+    /// are gone.
+    fn note_whole(&self) {
+        for shown in self.shown().iter_mut() {
+            let is_whole = !self.files.is_any_marked(&shown.files);
+            if shown.is_whole == Some(is_whole) {
+                continue;
+            }
+            let mut register = self.register();
+            let change = |mountpoint: &PathBuf| match is_whole {
+                true => register.set_whole(mountpoint),
+                false => register.clear_whole(mountpoint),
+            };
+            match shown.mountpoints.iter().try_for_each(change) {
+                Ok(()) => shown.is_whole = Some(is_whole),
+                Err(error) => tracing::warn!(%error, "a mount is not known to be complete"),
+            }
         }
     }
 
@@ -490,6 +530,10 @@ impl Inner {
 
     fn marking(&self) -> MutexGuard<'_, ()> {
         self.marking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shown(&self) -> MutexGuard<'_, Vec<Shown>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn register(&self) -> MutexGuard<'_, Register> {

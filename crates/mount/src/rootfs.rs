@@ -52,6 +52,9 @@ use lower::{Lower, Parts};
 /// How the names of scratch directories begin.
 const SCRATCH: &str = "loris-rootfs.";
 
+/// The directory in a scratch directory where the tree is, below an overlay.
+const LOWER: &str = "lower";
+
 /// How long a process that was killed may take to be gone.
 const DYING: Duration = Duration::from_secs(5);
 
@@ -153,7 +156,7 @@ impl RootFs {
             _ => None,
         };
         let lower_at = match (&base, &rootfs.scratch) {
-            (Some(_), Some(scratch)) => scratch.directory("lower")?,
+            (Some(_), Some(scratch)) => scratch.directory(LOWER)?,
             _ => rootfs.path.clone(),
         };
         let parts = Parts {
@@ -243,6 +246,16 @@ pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
 /// descriptor that is closed before the one which locks the scratch directory can take the kernel milliseconds.
 pub(crate) fn unmount_of_the_dead(mountpoint: &Path) -> Result<Unmounted, MountError> {
     unmount_with(mountpoint, DYING)
+}
+
+/// Whether a mount that is to be found at a directory is up and of use: the lower part of a root file system whose
+/// overlay is gone is not.
+pub(crate) fn is_up(mountpoint: &Path) -> bool {
+    let Ok(mounts) = mounts::list() else { return false };
+    let Some(mount) = mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) else { return false };
+    let is_lower = mountpoint.ends_with(LOWER) && mountpoint.parent().is_some_and(is_scratch);
+    let has_overlay = || mounts.iter().any(|mount| mount.is_loris() && mount.lower_directories() == [mountpoint]);
+    mount.is_loris() && (!is_lower || has_overlay())
 }
 
 fn unmount_with(mountpoint: &Path, patience: Duration) -> Result<Unmounted, MountError> {

@@ -262,9 +262,7 @@ fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
         let at = place.make(&format!("mnt{}", flags.concat()));
         ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
         let both = [server(&at, false, &[]), server(&at, true, &[])];
-        // Stopped first, so that neither sees the other one die.
-        both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
-        both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+        kill_together(&both);
         assert!(mounted_in(place.path()).contains(&at));
         let other = place.make("other");
         ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
@@ -274,7 +272,34 @@ fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
     }
 }
 
-/// When everything was read, nothing of ours is on the way any more.
+/// Of one layer, in which no file hides another: all of it can be read.
+fn readable(place: &Place) -> String {
+    let (layout, bundle) = (place.join("layout"), place.join("bundle"));
+    let image = format!("{}:t", layout.display());
+    image::umoci(&["init", "--layout", layout.to_str().unwrap()]);
+    image::umoci(&["new", "--image", &image]);
+    image::umoci(&["unpack", "--image", &image, bundle.to_str().unwrap()]);
+    for (number, length) in [1, 4096, 100_000, 9 << 20].into_iter().enumerate() {
+        fs::write(bundle.join(format!("rootfs/f{number}")), image::noise(number as u64, length)).unwrap();
+    }
+    image::umoci(&["repack", "--image", &image, bundle.to_str().unwrap()]);
+    format!("oci:{}:t", convert(place, &layout, "converted", &[]).display())
+}
+
+/// Registers of a process's mounts, with what lies beside them.
+fn registers(process: Pid) -> Vec<PathBuf> {
+    let prefix = format!("{}-", process.as_raw_nonzero());
+    let all = fs::read_dir("/run/loris/mounts").unwrap().filter_map(Result::ok).map(|entry| entry.path());
+    all.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&prefix)).collect()
+}
+
+/// Neither sees the other one die.
+fn kill_together(both: &[Pid]) {
+    both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
+    both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+}
+
+/// When everything was read, nothing of ours is on the way any more, and the next one leaves the mount alone.
 #[test]
 fn a_complete_image_outlives_all_processes() {
     let test = "a_complete_image_outlives_all_processes";
@@ -285,49 +310,36 @@ fn a_complete_image_outlives_all_processes() {
     if !can_page(test, &place) {
         return;
     }
-    // Of one layer, in which no file hides another: all of it can be read.
-    let (layout, bundle) = (place.join("layout"), place.join("bundle"));
-    let image = format!("{}:t", layout.display());
-    image::umoci(&["init", "--layout", layout.to_str().unwrap()]);
-    image::umoci(&["new", "--image", &image]);
-    image::umoci(&["unpack", "--image", &image, bundle.to_str().unwrap()]);
-    for (number, length) in [1, 4096, 100_000, 9 << 20].into_iter().enumerate() {
-        fs::write(bundle.join(format!("rootfs/f{number}")), image::noise(number as u64, length)).unwrap();
-    }
-    image::umoci(&["repack", "--image", &image, bundle.to_str().unwrap()]);
-    let converted = convert(&place, &layout, "converted", &[]);
-    let at = place.make("mnt");
-    ok(place.loris("mount --engine fanotify").arg(format!("oci:{}:t", converted.display())).arg(&at));
-    let both = [server(&at, false, &[]), server(&at, true, &[])];
-    let sums = || {
-        let script = "find . -type f -print0 | sort -z | xargs -0 cksum";
-        ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
-    };
-    let expected = sums();
-    let marks = || {
-        let infos = fs::read_dir(format!("/proc/{}/fdinfo", both[0].as_raw_nonzero())).unwrap().filter_map(Result::ok);
-        let infos = infos.filter_map(|info| fs::read_to_string(info.path()).ok());
-        infos.map(|info| info.matches("fanotify ino:").count()).sum::<usize>()
-    };
-    let end = Instant::now() + LIMIT;
-    while marks() > 0 {
-        assert!(Instant::now() < end, "{} data files are still marked", marks());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    // Other tests mount meanwhile, and take down what they find to be a dead process's.
-    let prefix = format!("{}-", both[0].as_raw_nonzero());
-    for entry in fs::read_dir("/run/loris/mounts").unwrap().filter_map(Result::ok) {
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
-            fs::remove_file(entry.path()).unwrap();
+    let name = readable(&place);
+    for flags in [&[][..], &["--rw"]] {
+        let at = place.make(&format!("mnt{}", flags.concat()));
+        ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
+        let both = [server(&at, false, &[]), server(&at, true, &[])];
+        let sums = || {
+            let script = "find . -type f -print0 | sort -z | xargs -0 cksum";
+            ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
+        };
+        let expected = sums();
+        let register = registers(both[0]).into_iter().find(|path| path.extension().unwrap() == "mounts").unwrap();
+        let end = Instant::now() + LIMIT;
+        while !fs::read_to_string(&register).unwrap().contains(&format!("\0={}", at.display())) {
+            assert!(Instant::now() < end, "{:?}", fs::read_to_string(&register));
+            std::thread::sleep(Duration::from_millis(20));
         }
+        kill_together(&both);
+        // What the kernel has cached would prove nothing.
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        assert_eq!(sums(), expected);
+        let other = place.make("other");
+        ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
+        ok(place.loris("umount").arg(&other));
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        assert_eq!(sums(), expected, "{flags:?}: after another one has started");
+        assert_eq!(registers(both[0]).len(), 2, "the register stays, with its note");
+        ok(place.loris("umount").arg(&at));
+        assert_eq!(registers(both[0]), Vec::<PathBuf>::new());
+        place.assert_clean();
     }
-    both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
-    both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
-    // What the kernel has cached would prove nothing.
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    assert_eq!(sums(), expected);
-    ok(place.loris("umount").arg(&at));
-    place.assert_clean();
 }
 
 #[test]

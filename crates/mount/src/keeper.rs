@@ -27,6 +27,7 @@ use std::{
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use rustix::{
@@ -68,6 +69,7 @@ pub struct Keeper {
 struct Start {
     program: PathBuf,
     on_death: OnDeath,
+    patience: Duration,
     log: Option<PathBuf>,
 }
 
@@ -91,7 +93,8 @@ impl Keeper {
             // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
             None => program_on_disk(std::env::current_exe().map_err(PagerError::Keeper)?),
         };
-        let start = Start { program, on_death: options.on_death.clone(), log: options.log.clone() };
+        let start =
+            Start { program, on_death: options.on_death.clone(), patience: options.patience, log: options.log.clone() };
         let link = Link::start(&start, kept, files).map_err(PagerError::Keeper)?;
         Ok(Self { link: Mutex::new(link), start })
     }
@@ -210,6 +213,7 @@ impl Link {
         let child = Command::new(&start.program)
             .arg(VERB)
             .arg(mode)
+            .arg(start.patience.as_millis().to_string())
             .arg("--")
             .args(command)
             .stdin(Stdio::from(theirs))

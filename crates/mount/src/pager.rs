@@ -82,7 +82,8 @@ const MOST_READERS: usize = 4;
 /// How to run a pager.
 #[derive(Clone, Debug)]
 pub struct PagerOptions {
-    /// How long a reader waits for content that cannot be had at the moment, before it gets `EIO`.
+    /// How long a reader waits for content that cannot be had at the moment, before it gets `EIO`; also where this process
+    /// was killed and no successor lives so long.
     pub patience: Duration,
     /// Where it is noted which mounts this machine has; one folder for all pagers.
     pub register: PathBuf,

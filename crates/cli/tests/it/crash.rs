@@ -248,6 +248,44 @@ fn two_daemons_share_a_cache() {
     scene.unmount(&other);
 }
 
+/// What keeps a successor from taking the mount over, here a lock that is held for long, keeps nobody from reading.
+#[test]
+fn a_successor_that_meets_obstacles_tries_again() {
+    let test = "a_successor_that_meets_obstacles_tries_again";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
+    if !can_page(test, &place) {
+        return;
+    }
+    let name = format!("oci:{}:t", convert(&place, small, "converted", &[]).display());
+    let truth = layout::unpack(small, "t", &place.join("bundle"));
+    let at = place.make("mnt");
+    ok(place.loris("mount --engine fanotify --rw").arg(&name).arg(&at));
+    let first = server(&at, false, &[]);
+    let scratch = fs::read_dir(place.join("tmp")).unwrap().map(|entry| entry.unwrap().path());
+    let scratch = scratch.into_iter().find(|path| path.to_string_lossy().contains("loris-rootfs.")).unwrap();
+    let lock = fs::File::open(&scratch).unwrap();
+    std::thread::scope(|scope| {
+        // Waits for it now, so that it has it before any successor.
+        let locking = scope.spawn(|| rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        kill_process(first, Signal::KILL).unwrap();
+        locking.join().unwrap();
+    });
+    server(&at, false, &[first]);
+    assert!(fs::read(at.join(image::BIG)).unwrap() == fs::read(truth.join(image::BIG)).unwrap());
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::Unlock).unwrap();
+    let end = Instant::now() + LIMIT;
+    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::Unlock).unwrap();
+        assert!(Instant::now() < end, "nobody takes it over");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(lock);
+    ok(place.loris("umount").arg(&at));
+    place.assert_clean();
+}
+
 #[test]
 fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
     let test = "a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next";

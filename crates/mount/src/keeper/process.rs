@@ -45,8 +45,6 @@ const FILES: usize = 8192;
 /// Between attempts to start a successor that does not live.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// After so long without a daemon, readers are refused and no longer kept waiting.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How often is looked at what does not announce itself.
 const TICK: Duration = Duration::from_millis(50);
 /// As low as it goes for what may still be killed by hand: the kernel kills it last.
@@ -73,6 +71,8 @@ struct Keeper {
     /// Whether the successor is started anew each time, or the mounts are taken down.
     restarts: bool,
     command: Command,
+    /// After so long without a daemon, readers are refused and no longer kept waiting.
+    patience: Duration,
     group: Group,
     journal: Journal,
     inotify: OwnedFd,
@@ -97,7 +97,8 @@ enum End {
 
 impl Keeper {
     fn start(arguments: &[OsString]) -> io::Result<Self> {
-        let [mode, separator, command @ ..] = arguments else { return Err(garbled()) };
+        let [mode, patience, separator, command @ ..] = arguments else { return Err(garbled()) };
+        let patience = patience.to_str().and_then(|milliseconds| milliseconds.parse().ok()).ok_or_else(garbled)?;
         if separator != "--" || command.is_empty() {
             return Err(garbled());
         }
@@ -120,6 +121,7 @@ impl Keeper {
             socket,
             restarts,
             command,
+            patience: Duration::from_millis(patience),
             group,
             journal,
             inotify,
@@ -254,7 +256,7 @@ impl Keeper {
     /// Waits for a moment; where there was no daemon for too long, readers are refused meanwhile.
     fn refuse_for(&self, pause: Duration, died: Instant) {
         let end = Instant::now() + pause;
-        let refuses = died.elapsed() > PATIENCE;
+        let refuses = died.elapsed() > self.patience;
         loop {
             if refuses {
                 self.refuse_what_was_left();

@@ -51,7 +51,7 @@ impl EngineArgument {
     fn paging_with(self, on_death: OnDeath, note: Option<Vec<u8>>, log: Option<PathBuf>) -> Paging {
         // Whatever the engine: a dead mount could stand where this one will.
         sweep_dead();
-        if self.engine.is_some_and(|engine| engine != Engine::Fanotify) || !rustix::process::geteuid().is_root() {
+        if self.engine == Some(Engine::Fuse) || !rustix::process::geteuid().is_root() {
             return Paging::None;
         }
         Paging::Own(PagerOptions { note, ..self.pager_options(on_death, log) })

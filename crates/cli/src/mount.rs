@@ -18,9 +18,8 @@ use clap::Args;
 use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
 use loris_mount::{
     Special,
-    keeper::Keeper,
-    pager::{Inherited, Pager},
-    rootfs::{Access, RootFs, RootFsOptions},
+    keeper::{Inherited, Keeper},
+    rootfs::{Access, RootFs, RootFsOptions, Server},
 };
 use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
@@ -163,7 +162,7 @@ impl MountArguments {
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
         opened.prefetch();
-        Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec() })
+        Ok(Mounted { root: Some(root), server: None, layers: opened.layers().to_vec() })
     }
 
     /// Goes on where a process was killed that had been started with the same arguments. What is here is read without the
@@ -187,12 +186,11 @@ impl MountArguments {
         let layers = opened.context("what the store lacks can't be had in time")??;
         let log = Some(self.log());
         let runtime = tokio::runtime::Handle::current();
-        let pager = Pager::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
-        let pager = Arc::new(pager);
+        let server = Server::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
         let mut pause = FIRST_PAUSE;
         // From here on reads are answered. Given up now, they would be refused for ever.
         let root = loop {
-            match RootFs::resume(&self.directory, &layers, Arc::clone(&pager)) {
+            match RootFs::resume(&self.directory, &layers, &server) {
                 Ok(root) => break root,
                 Err(error) => {
                     tracing::warn!(directory = %self.directory.display(), %error, "not taken over yet; tried again");
@@ -201,7 +199,7 @@ impl MountArguments {
                 }
             }
         };
-        Ok(Mounted { root, pager: Some(pager), layers })
+        Ok(Mounted { root, server: Some(server), layers })
     }
 
     /// Ends without having taken over what a killed process had mounted.
@@ -222,15 +220,15 @@ impl MountArguments {
 struct Mounted {
     /// `None` where it was unmounted while no process served it, but is still in use.
     root: Option<RootFs>,
-    pager: Option<Arc<Pager>>,
+    server: Option<Server>,
     layers: Vec<Arc<LazyLayer>>,
 }
 
 impl Mounted {
     async fn ended(&self) {
-        match (&self.root, &self.pager) {
+        match (&self.root, &self.server) {
             (Some(root), _) => root.ended().await,
-            (None, Some(pager)) => pager.idle().await,
+            (None, Some(server)) => server.idle().await,
             (None, None) => {}
         }
     }

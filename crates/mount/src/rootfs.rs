@@ -48,6 +48,7 @@ mod lower;
 mod resume;
 
 use lower::{Lower, Parts};
+pub use resume::{Devices, Server};
 
 /// How the names of scratch directories begin.
 const SCRATCH: &str = "loris-rootfs.";
@@ -70,12 +71,13 @@ pub enum Access {
     Keep(PathBuf),
 }
 
-/// What fills data files while the kernel reads them.
+/// What fills data files while the kernel reads them, and whether that outlives this process.
 #[derive(Clone, Debug)]
 pub enum Paging {
     /// Nothing: [`Engine::Fanotify`] is not used.
     None,
-    /// A pager of the root file system's own, with a keeper of its own.
+    /// A pager of the root file system's own, with a keeper of its own; with [`Engine::ErofsFuse`] a keeper of its own,
+    /// where [`OnDeath`](crate::pager::OnDeath) asks for a successor.
     Own(PagerOptions),
     /// A pager that serves others too.
     Shared(Arc<Pager>),
@@ -380,6 +382,11 @@ impl Scratch {
 
     fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Unlocks it and leaves it as it is.
+    fn let_go(mut self) {
+        self.removed = true;
     }
 
     fn directory(&self, name: &str) -> Result<PathBuf, MountError> {

@@ -23,15 +23,31 @@ const READERS: usize = 8;
 const ROUNDS: usize = 5;
 const KILLS: usize = 10;
 
-/// Whether the engine works here that survives its processes; says so where not.
+/// Whether the first choice among the engines that survive their processes works here; says so where not.
 pub fn can_page(test: &str, place: &Place) -> bool {
+    works(test, place, "fanotify")
+}
+
+/// Whether an engine works here; says so where not.
+fn works(test: &str, place: &Place, engine: &str) -> bool {
     let report = ok(&mut place.loris("doctor --json")).json();
-    let engine = &report["engines"].as_array().unwrap()[0];
+    let engine = report["engines"].as_array().unwrap().iter().find(|found| found["name"] == engine).unwrap();
     if engine["works"] != true {
-        loris_testkit::skip(test, engine["reason"].as_str().unwrap());
+        loris_testkit::skip(&format!("{test} ({})", engine["name"]), engine["reason"].as_str().unwrap());
         return false;
     }
     true
+}
+
+/// Whether the kernel sends requests again that a killed server has read; says so where not.
+fn can_resend(test: &str) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let can = (numbers.next(), numbers.next()) >= (Some(6), Some(9));
+    if !can {
+        loris_testkit::skip(test, "FUSE_NOTIFY_RESEND, which takes Linux 6.9");
+    }
+    can
 }
 
 /// A large image, what it must look like, and a place for its mounts.
@@ -48,19 +64,16 @@ impl Scene {
         }
         let large = debian::large(test)?;
         let place = Place::new();
-        if !can_page(test, &place) {
-            return None;
-        }
         let converted = convert(&place, large, "converted", &[]);
         let truth = layout::unpack(large, "t", &place.join("bundle"));
         Some(Self { name: format!("oci:{}:t", converted.display()), place, truth })
     }
 
-    fn mount(&self, program: &Path, round: usize) -> PathBuf {
-        let at = self.place.make(&format!("mnt-{round}"));
+    fn mount(&self, program: &Path, engine: &str, round: usize) -> PathBuf {
+        let at = self.place.make(&format!("mnt-{engine}-{round}"));
         let mut command = self.place.command(program);
-        command.args(["mount", "--engine", "fanotify", "--cache-dir"]);
-        command.arg(self.place.join(&format!("cache-{round}"))).arg(&self.name).arg(&at);
+        command.args(["mount", "--engine", engine, "--cache-dir"]);
+        command.arg(self.place.join(&format!("cache-{engine}-{round}"))).arg(&self.name).arg(&at);
         ok(&mut command);
         at
     }
@@ -173,36 +186,37 @@ fn kill(at: &Path, keeper: bool, times: usize, seed: usize) {
     server(at, keeper, &dead);
 }
 
-#[test]
-fn readers_do_not_notice_that_the_daemon_is_killed() {
-    let Some(scene) = Scene::new("readers_do_not_notice_that_the_daemon_is_killed") else { return };
-    for round in 0..ROUNDS {
-        let at = scene.mount(Path::new(crate::harness::LORIS), round);
+fn kill_daemons(scene: &Scene, engine: &str, rounds: usize) {
+    for round in 0..rounds {
+        let at = scene.mount(Path::new(crate::harness::LORIS), engine, round);
         let readers = scene.readers(&at);
         kill(&at, false, KILLS, round);
         readers.finish();
-        if round + 1 == ROUNDS {
+        if round + 1 == rounds {
             scene.compare_all(&at);
         }
         scene.unmount(&at);
-        fs::remove_dir_all(scene.place.join(&format!("cache-{round}"))).unwrap();
+        fs::remove_dir_all(scene.place.join(&format!("cache-{engine}-{round}"))).unwrap();
     }
 }
 
 #[test]
-fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
-    let test = "readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded";
+fn readers_do_not_notice_that_the_daemon_is_killed() {
+    let test = "readers_do_not_notice_that_the_daemon_is_killed";
     let Some(scene) = Scene::new(test) else { return };
-    let at = scene.mount(Path::new(crate::harness::LORIS), 0);
-    let readers = scene.readers(&at);
-    kill(&at, true, KILLS, 7);
-    readers.finish();
-    scene.unmount(&at);
+    if can_page(test, &scene.place) {
+        kill_daemons(&scene, "fanotify", ROUNDS);
+    }
+    if can_resend(test) && works(test, &scene.place, "erofs-fuse") {
+        kill_daemons(&scene, "erofs-fuse", 1);
+    }
+}
 
-    // The program is replaced while it serves, as a package's upgrade does; its process is ended, and the new one goes on.
+/// The program is replaced while it serves, as a package's upgrade does; its process is ended, and the new one goes on.
+fn upgrade(scene: &Scene, engine: &str) {
     let program = scene.place.join("loris");
     fs::copy(crate::harness::LORIS, &program).unwrap();
-    let at = scene.mount(&program, 1);
+    let at = scene.mount(&program, engine, 1);
     let readers = scene.readers(&at);
     let old = server(&at, false, &[]);
     let new = scene.place.join("loris.new");
@@ -227,10 +241,31 @@ fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
     scene.unmount(&at);
 }
 
+#[test]
+fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
+    let test = "readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded";
+    let Some(scene) = Scene::new(test) else { return };
+    for engine in ["fanotify", "erofs-fuse"] {
+        if !works(test, &scene.place, engine) || (engine != "fanotify" && !can_resend(test)) {
+            continue;
+        }
+        let at = scene.mount(Path::new(crate::harness::LORIS), engine, 0);
+        let readers = scene.readers(&at);
+        kill(&at, true, KILLS, 7);
+        readers.finish();
+        scene.unmount(&at);
+        upgrade(&scene, engine);
+    }
+}
+
 /// Two daemons fill the same data files, each of which is asked for the other's reads too.
 #[test]
 fn two_daemons_share_a_cache() {
-    let Some(scene) = Scene::new("two_daemons_share_a_cache") else { return };
+    let test = "two_daemons_share_a_cache";
+    let Some(scene) = Scene::new(test) else { return };
+    if !can_page(test, &scene.place) {
+        return;
+    }
     let mount = |name: &str| {
         let at = scene.place.make(name);
         let mut command = scene.place.loris("mount --engine fanotify");
@@ -291,19 +326,30 @@ fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
     let test = "a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next";
     let Some(small) = image::small(test) else { return };
     let place = Place::new();
-    if !can_page(test, &place) {
-        return;
-    }
     let converted = convert(&place, small, "converted", &[]);
     let name = format!("oci:{}:t", converted.display());
-    for flags in [&[][..], &["--rw"]] {
-        let at = place.make(&format!("mnt{}", flags.concat()));
-        ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
-        let both = [server(&at, false, &[]), server(&at, true, &[])];
-        kill_together(&both);
+    for (engine, flags) in
+        [("fanotify", &[][..]), ("fanotify", &["--rw"]), ("erofs-fuse", &[]), ("erofs-fuse", &["--rw"])]
+    {
+        if !works(test, &place, engine) || (engine != "fanotify" && !can_resend(test)) {
+            continue;
+        }
+        let at = place.make(&format!("mnt{engine}{}", flags.concat()));
+        let mount = |at: &Path, flags: &[&str]| {
+            let mut command = place.loris("mount --engine");
+            command.arg(engine).args(flags).arg(&name).arg(at).env("LORIS_CACHE_DIR", place.join(engine));
+            ok(&mut command);
+        };
+        mount(&at, flags);
+        kill_together(&[server(&at, false, &[]), server(&at, true, &[])]);
         assert!(mounted_in(place.path()).contains(&at));
+        if engine != "fanotify" {
+            // What no process holds any more, the kernel refuses: no zeros.
+            let error = fs::read(at.join(image::BIG)).unwrap_err();
+            assert!(matches!(error.raw_os_error(), Some(5 | 107)), "{error}");
+        }
         let other = place.make("other");
-        ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
+        mount(&other, &[]);
         assert_eq!(mounted_in(place.path()), std::slice::from_ref(&other), "the dead one is gone");
         ok(place.loris("umount").arg(&other));
         place.assert_clean();

@@ -207,8 +207,10 @@ fn readers_do_not_notice_that_the_daemon_is_killed() {
     if can_page(test, &scene.place) {
         kill_daemons(&scene, "fanotify", ROUNDS);
     }
-    if can_resend(test) && works(test, &scene.place, "erofs-fuse") {
-        kill_daemons(&scene, "erofs-fuse", 1);
+    for engine in ["erofs-fuse", "erofs-loop"] {
+        if can_resend(test) && works(test, &scene.place, engine) {
+            kill_daemons(&scene, engine, 1);
+        }
     }
 }
 

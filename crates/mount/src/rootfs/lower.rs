@@ -3,10 +3,11 @@
 //! ```text
 //!  fanotify     bootstrap, data files ─────────────▶ EROFS ──▶ directory     marked before, see crate::pager
 //!  erofs-fuse   bootstrap, data files over FUSE ───▶ EROFS ──▶ directory
+//!  erofs-loop   loop devices over the same ────────▶ EROFS ──▶ directory
 //!  fuse         tree ──────────────────────────────▶ FUSE ───▶ directory
 //! ```
 //!
-//! A layer that is complete is read as the local file that it is, by both engines with EROFS: no process of ours is on
+//! A layer that is complete is read as the local file that it is, by all engines with EROFS: no process of ours is on
 //! the way then.
 
 use std::{
@@ -28,7 +29,7 @@ use crate::{
         FuseMount, FuseOptions,
         devices::{Device, DeviceMount},
     },
-    mounts::Unmounted,
+    mounts::{self, Unmounted},
     pager::{Pager, Watch},
 };
 
@@ -61,7 +62,8 @@ pub(super) enum Lower {
     Fuse(FuseMount),
     /// In this order: the mount goes first.
     Fanotify(ErofsMount, Watch, Arc<Pager>),
-    ErofsFuse(ErofsMount, Option<Arc<DeviceMount>>),
+    /// By either engine that is served over FUSE.
+    ErofsFuse(ErofsMount, Option<Arc<DeviceMount>>, Engine),
 }
 
 impl Lower {
@@ -74,7 +76,7 @@ impl Lower {
             };
             let mounted = match engine {
                 Engine::Fanotify => Self::fanotify(parts, at),
-                Engine::ErofsFuse => Self::erofs_fuse(parts, at),
+                Engine::ErofsFuse | Engine::ErofsLoop => Self::erofs_fuse(parts, at, engine),
                 Engine::Fuse => Self::fuse(parts, at),
             };
             match (mounted, engines.peek()) {
@@ -135,12 +137,15 @@ impl Lower {
             Server::Devices(devices) => {
                 devices.0.attached(&shown)?;
                 let erofs = ErofsMount::adopt(at, |_| Ok::<_, MountError>(()))?;
-                Ok(Self::ErofsFuse(erofs, Some(Arc::clone(&devices.0))))
+                let is_looped =
+                    mounts::find(at)?.is_some_and(|mount| mount.source.as_encoded_bytes().starts_with(b"/dev/"));
+                let engine = if is_looped { Engine::ErofsLoop } else { Engine::ErofsFuse };
+                Ok(Self::ErofsFuse(erofs, Some(Arc::clone(&devices.0)), engine))
             }
         }
     }
 
-    fn erofs_fuse(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
+    fn erofs_fuse(parts: &Parts<'_>, at: &Path, engine: Engine) -> Result<Self, MountError> {
         let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
         let refused = |Refusal { source, detail }| MountError::Refused {
             what: "FUSE under EROFS",
@@ -168,19 +173,24 @@ impl Lower {
             _ => layer.directory().join("data"),
         };
         let devices: Vec<PathBuf> = parts.layers.iter().enumerate().map(path).collect();
-        let erofs = DetachedErofs::create(&bootstrap, &devices, &parts.erofs())?.hear_goodbye()?;
+        let erofs = DetachedErofs::create(
+            &bootstrap,
+            &devices,
+            &ErofsOptions { loops: engine == Engine::ErofsLoop, ..parts.erofs() },
+        )?
+        .hear_goodbye()?;
         if let Some(server) = &mut server {
             server.seal();
             server.attached(&shown(parts.shown_at, at))?;
         }
-        Ok(Self::ErofsFuse(erofs.attach(at)?, server.map(Arc::new)))
+        Ok(Self::ErofsFuse(erofs.attach(at)?, server.map(Arc::new), engine))
     }
 
     pub(super) fn engine(&self) -> Engine {
         match self {
             Self::Fuse(_) => Engine::Fuse,
             Self::Fanotify(..) => Engine::Fanotify,
-            Self::ErofsFuse(..) => Engine::ErofsFuse,
+            Self::ErofsFuse(_, _, engine) => *engine,
         }
     }
 
@@ -188,7 +198,7 @@ impl Lower {
     pub(super) fn let_go(self) {
         match self {
             Self::Fuse(mount) => std::mem::forget(mount),
-            Self::Fanotify(mount, ..) | Self::ErofsFuse(mount, _) => std::mem::forget(mount),
+            Self::Fanotify(mount, ..) | Self::ErofsFuse(mount, ..) => std::mem::forget(mount),
         }
     }
 
@@ -198,11 +208,11 @@ impl Lower {
             Self::Fuse(mount) => mount.ended().await,
             Self::Fanotify(_, watch, _) => watch.ended().await,
             // The devices of one that was taken over are all that tells.
-            Self::ErofsFuse(mount, Some(server)) => tokio::select! {
+            Self::ErofsFuse(mount, Some(server), _) => tokio::select! {
                 () = mount.ended() => {}
                 () = server.ended() => {}
             },
-            Self::ErofsFuse(mount, None) => mount.ended().await,
+            Self::ErofsFuse(mount, None, _) => mount.ended().await,
         }
     }
 
@@ -227,7 +237,7 @@ impl Lower {
                     Err(error)
                 }
             },
-            Self::ErofsFuse(mount, server) => match (mount.unmount(), server) {
+            Self::ErofsFuse(mount, server, _) => match (mount.unmount(), server) {
                 (Ok(unmounted), server) => {
                     if let Some(server) = server {
                         server.stop(unmounted == Unmounted::Whole);

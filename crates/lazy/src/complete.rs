@@ -5,7 +5,7 @@
 
 use std::sync::Arc;
 
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use loris_format::index::{FrameId, Prefetch};
 
 use crate::{
@@ -60,8 +60,11 @@ async fn fill_first(layer: &Arc<LazyLayer>, count: usize) -> Result<(), EnsureEr
             }
         })
         .buffered(WINDOWS)
-        .fold(Ok(()), |first, next| std::future::ready(Result::and(first, next)))
+        // Where there is no room for one window, there is none for the next.
+        .map(|filled| if filled.as_ref().is_err_and(EnsureError::is_no_space) { Err(filled) } else { Ok(filled) })
+        .try_fold(Ok(()), |first, next| std::future::ready(Ok(Result::and(first, next))))
         .await
+        .unwrap_or_else(|no_room| no_room)
 }
 
 fn window(layer: &LazyLayer, frame: FrameId) -> u64 {

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
-    plan::fetched_range,
+    plan::{FetchPolicy, Request, fetched_range, plan},
 };
 
 /// What became of a frame.
@@ -69,8 +69,55 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`.
+    /// Brings all frames, which lie in `range`: out of other layers of the store, and from the source what is in none.
     pub(crate) async fn run(mut self, range: BlobRange) {
+        let (layer, frames) = (Arc::clone(&self.layer), self.frames());
+        let filling = tokio::task::spawn_blocking(move || layer.fill_from_store(&frames));
+        let room = match filling.await {
+            Ok(Ok(room)) => Arc::new(room),
+            Ok(Err(error)) => return self.fail(&error),
+            // The waiters are told by `drop`.
+            Err(_) => return,
+        };
+        for (range, flights) in self.without_whole(range) {
+            let room = Arc::clone(&room);
+            tokio::spawn(async move {
+                flights.bring(range).await;
+                drop(room);
+            });
+        }
+    }
+
+    fn frames(&self) -> Vec<FrameId> {
+        self.tickets.iter().map(|ticket| ticket.frame).collect()
+    }
+
+    /// Ends the flights of frames that are here, and returns requests for the rest.
+    fn without_whole(mut self, range: BlobRange) -> Vec<(BlobRange, Self)> {
+        let mut left = VecDeque::new();
+        let all = self.tickets.len();
+        while let Some(ticket) = self.tickets.front() {
+            if self.layer.has_frame(ticket.frame) {
+                self.arrive(Ok(Arc::new(Landed { refused: Vec::new() })));
+            } else {
+                left.extend(self.tickets.pop_front());
+            }
+        }
+        self.tickets = left;
+        if self.tickets.len() == all {
+            return vec![(range, self)];
+        }
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy };
+        let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
+        let part = |request: Request| {
+            let tickets = self.tickets.drain(..request.frames.len()).collect();
+            (request.range, Self::new(Arc::clone(&self.layer), tickets))
+        };
+        requests.into_iter().map(part).collect()
+    }
+
+    /// Fetches all frames, which lie in `range`.
+    async fn bring(mut self, range: BlobRange) {
         let layer = Arc::clone(&self.layer);
         let place = layer.gates.request().await;
         // Frames are decoded one after the other: what is held is the request and the largest of them.

@@ -62,6 +62,8 @@ pub struct LayerStatistics {
     pub fetched_bytes: u64,
     /// Requests to the source, failed ones included.
     pub requests: u64,
+    /// Bytes of content that came from other layers of the store.
+    pub copied_bytes: u64,
     /// Bytes that frames decoded to.
     pub decoded_bytes: u64,
     /// Extents that are in the data file, also from earlier.
@@ -78,6 +80,7 @@ pub struct LayerStatistics {
 pub(crate) struct Counters {
     pub(crate) fetched_bytes: AtomicU64,
     pub(crate) requests: AtomicU64,
+    pub(crate) copied_bytes: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) errors: AtomicU64,
@@ -143,13 +146,13 @@ impl LazyLayer {
     /// Says whether a range of the data file is there. Takes no lock. Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {
-        self.cache.filled().contains_all(self.index.extents_in(range))
+        self.cache.has(self.index.extents_in(range))
     }
 
     /// Says whether everything is there: the source is not needed any more.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.cache.filled().count() == self.index.extents().len()
+        self.cache.is_complete()
     }
 
     /// Fills a range of the data file: fetches what is missing, decodes and verifies it, writes it, publishes it. When it
@@ -166,12 +169,13 @@ impl LazyLayer {
     /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
     pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
         let extents = self.index.extents_in(&range);
-        if self.cache.filled().contains_all(extents.clone()) {
+        if self.cache.has(extents.clone()) {
             return Ok(());
         }
         let missing = || extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
         self.cache.refresh(missing()).map_err(|error| self.file_error(error))?;
+        self.recheck(extents.clone()).await?;
         let mut frames: Vec<FrameId> = missing().map(|extent| self.extent(extent).frame).collect();
         frames.sort_unstable();
         frames.dedup();
@@ -316,6 +320,7 @@ impl LazyLayer {
         LayerStatistics {
             fetched_bytes: get(&self.counters.fetched_bytes),
             requests: get(&self.counters.requests),
+            copied_bytes: get(&self.counters.copied_bytes),
             decoded_bytes: get(&self.counters.decoded_bytes),
             extents_filled: self.cache.filled().count() as u64,
             extents_total: self.index.extents().len() as u64,

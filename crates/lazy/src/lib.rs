@@ -7,6 +7,7 @@
 //!
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
 //! - [`derived`]: what is made out of layers and kept beside them.
+//! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`prefetch()`], [`complete()`]: reading ahead of anyone who asks.
 //! - [`plan`]: which bytes to ask for; pure, so that the policy can be replaced without touching anything else.
@@ -35,10 +36,17 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod content;
+mod digests;
+mod disk;
+mod eviction;
 mod fetch;
 mod filled;
 mod gates;
+mod quota;
+mod recheck;
 
+pub mod census;
 pub mod complete;
 pub mod derived;
 pub mod error;
@@ -47,9 +55,12 @@ pub mod open;
 pub mod plan;
 pub mod store;
 
+pub use census::{StoredLayer, Totals};
 pub use complete::{complete, prefetch};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
+pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;
+pub use recheck::{Checked, Fault};
 pub use store::{Store, StoreOptions};

@@ -337,9 +337,11 @@ impl LayerOpening {
         let store = self.store.clone();
         let work = move || -> Result<_, StoreError> {
             if fresh && vouched {
+                let _room = store.room(tail.saved_bytes())?;
                 tail.save(&directory)?;
             }
             let cache = store.layer(&directory, &layer, &index)?;
+            store.note_origin(&directory, &name);
             Ok((index, cache))
         };
         let (index, cache) = tokio::task::spawn_blocking(work)

@@ -2,7 +2,10 @@
 #![expect(clippy::unwrap_used, reason = "functions that only tests call are tests too")]
 
 mod blob;
+mod content;
+mod keeping;
 mod open;
+mod quota;
 mod read;
 mod restart;
 mod source;

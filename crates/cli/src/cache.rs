@@ -9,11 +9,7 @@ use anyhow::bail;
 use clap::{Args, Subcommand};
 use loris_lazy::{Store, StoredLayer};
 
-use crate::{
-    Global, access,
-    failure,
-    opened::StorePlace,
-};
+use crate::{Global, access, failure, opened::StorePlace};
 
 /// Show, check and clean what was kept of images.
 #[derive(Subcommand)]

@@ -61,6 +61,13 @@ pub(crate) fn layer_key(relative: &Path) -> u64 {
     first_word(&sha256(relative.as_os_str().as_encoded_bytes()))
 }
 
+/// Returns the record that stands for all of a layer's: one like any other.
+fn mark(layer: u64, layout: &[u8; 32]) -> (Digest, Place) {
+    let mut name = layout.to_vec();
+    name.extend_from_slice(&layer.to_le_bytes());
+    (Digest::sha256_of(&name), Place { layer, data: 0, extent: u32::MAX })
+}
+
 /// The index of one store. What it can't do it leaves: content is fetched then.
 #[derive(Debug)]
 pub(crate) struct Digests {
@@ -95,10 +102,17 @@ impl Digests {
                 if table.file.read_exact_at(&mut page, table.bucket(fingerprint)).is_err() {
                     return Vec::new();
                 }
-                let records = page.as_chunks::<RECORD>().0.iter().filter_map(decode);
-                records.filter(|(found, _)| *found == fingerprint).map(|(_, place)| place).take(SAME).collect()
+                // Their checksums are looked at last: most of a bucket is of other digests.
+                let same = page.as_chunks::<RECORD>().0.iter().filter(|record| word(*record, 0) == fingerprint);
+                same.filter_map(decode).map(|(_, place)| place).take(SAME).collect()
             })
             .collect()
+    }
+
+    /// Says whether a layer's extents are all noted.
+    pub(crate) fn has(&self, layer: u64, layout: &[u8; 32]) -> bool {
+        let (all, mark) = mark(layer, layout);
+        self.find([&all]).iter().flatten().any(|found| *found == mark)
     }
 
     /// Notes where a layer's extents are, unless it has been done: `layout` hashes all of them. `alive` names the layers of
@@ -113,14 +127,10 @@ impl Digests {
         alive: impl FnOnce() -> HashSet<u64>,
         room: impl Fn(u64) -> Option<R>,
     ) -> io::Result<()> {
-        // A record like any other stands for all of a layer's.
-        let mut name = layout.to_vec();
-        name.extend_from_slice(&layer.to_le_bytes());
-        let all = Digest::sha256_of(&name);
-        let mark = Place { layer, data: 0, extent: u32::MAX };
-        if self.find([&all]).iter().flatten().any(|found| *found == mark) {
+        if self.has(layer, layout) {
             return Ok(());
         }
+        let (all, mark) = mark(layer, layout);
         let mut records: Vec<(u64, Place)> =
             extents.map(|(digest, data, extent)| (fingerprint(&digest), Place { layer, data, extent })).collect();
         // Whoever finds the mark finds the others: it comes last.
@@ -286,15 +296,18 @@ impl Table {
             let mut same = Vec::new();
             let mut known = None;
             for (number, slot) in slots.iter().enumerate() {
-                match decode(slot) {
-                    None => free = free.or(Some(number)),
-                    Some((other, found)) if other == fingerprint => {
-                        if (found.layer, found.extent) == (place.layer, place.extent) {
-                            known = Some(number);
+                match word(slot, 0) {
+                    0 => free = free.or(Some(number)),
+                    other if other == fingerprint => match decode(slot) {
+                        Some((_, found)) => {
+                            if (found.layer, found.extent) == (place.layer, place.extent) {
+                                known = Some(number);
+                            }
+                            same.push(number);
                         }
-                        same.push(number);
-                    }
-                    Some(_) => {}
+                        None => free = Some(number),
+                    },
+                    _ => {}
                 }
             }
             // Which of several goes is as good as any; not always the same one.
@@ -306,7 +319,8 @@ impl Table {
                     added += 1;
                     free
                 }
-                (None, None) => turn % RECORDS,
+                // A torn record before any other.
+                (None, None) => slots.iter().position(|slot| decode(slot).is_none()).unwrap_or(turn % RECORDS),
             };
             slots[slot] = encode(fingerprint, place);
         }

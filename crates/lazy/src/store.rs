@@ -18,7 +18,7 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
 };
 
 use loris_format::{digest::Digest, index::LayerIndex};
@@ -77,6 +77,9 @@ struct Inner {
     /// By device and inode number.
     adopted: Mutex<HashMap<(u64, u64), File>>,
     digests: Digests,
+    /// How many layers are being noted there.
+    indexing: Mutex<usize>,
+    indexed: Condvar,
     directories: Directories,
     quota: Option<Arc<Quota>>,
     paranoid: bool,
@@ -111,6 +114,8 @@ impl Store {
             open: Mutex::default(),
             adopted: Mutex::default(),
             digests: Digests::new(&root),
+            indexing: Mutex::default(),
+            indexed: Condvar::new(),
             directories: Directories::new(&root),
             quota: options.quota_bytes.map(|limit| Arc::new(Quota::new(&root, limit))),
             paranoid: options.paranoid,
@@ -216,23 +221,62 @@ impl Store {
 }
 
 impl Store {
-    /// Notes where the layer's content is, so that other layers find it.
+    /// Notes where the layer's content is, so that other layers find it: behind whoever opens the layer, where there is a
+    /// runtime to do it.
     fn index_content(&self, cache: &LayerCache, index: &LayerIndex) {
         let directory = cache.directory();
         let key = layer_key(directory.strip_prefix(self.root()).unwrap_or(directory));
+        let layout = *cache.layout();
         self.inner.directories.know(key, directory);
-        let extents = index.extents().iter().zip(0..);
-        let extents = extents.filter_map(|(extent, number)| Some((extent.digest?, extent.data.0, number)));
-        let alive = || self.inner.directories.keys();
-        // Content comes first: where there is a quota, the index has a small part of it.
-        let room = |bytes: u64| {
-            let is_small = self.quota_bytes().is_none_or(|quota| bytes <= quota / INDEX_PART);
-            is_small.then(|| self.room(bytes).ok()).flatten()
-        };
-        if let Err(error) = self.inner.digests.add(key, cache.layout(), extents, alive, room) {
-            // Others fetch it then.
-            tracing::debug!(%error, layer = %directory.display(), "the index of content could not be written");
+        if self.inner.digests.has(key, &layout) {
+            return;
         }
+        let extents = index.extents().iter().zip(0..);
+        let extents: Vec<_> =
+            extents.filter_map(|(extent, number)| Some((extent.digest?, extent.data.0, number))).collect();
+        let (store, indexing) = (self.clone(), Indexing::begin(&self.inner));
+        let work = move || {
+            // Content comes first: where there is a quota, the index has a small part of it.
+            let room = |bytes: u64| {
+                let is_small = store.quota_bytes().is_none_or(|quota| bytes <= quota / INDEX_PART);
+                is_small.then(|| store.room(bytes).ok()).flatten()
+            };
+            let alive = || store.inner.directories.keys();
+            if let Err(error) = store.inner.digests.add(key, &layout, extents.into_iter(), alive, room) {
+                // Others fetch it then.
+                tracing::debug!(%error, "the index of content could not be written");
+            }
+            drop(indexing);
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(work)),
+            Err(_) => work(),
+        }
+    }
+
+    /// Waits until layers that are opened later find the content of all that were opened before. Blocks.
+    pub fn settle(&self) {
+        let mut count = self.inner.indexing.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count > 0 {
+            count = self.inner.indexed.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A layer whose content is being noted.
+struct Indexing(Arc<Inner>);
+
+impl Indexing {
+    fn begin(inner: &Arc<Inner>) -> Self {
+        *inner.indexing.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Self(Arc::clone(inner))
+    }
+}
+
+impl Drop for Indexing {
+    fn drop(&mut self) {
+        *self.0.indexing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.indexed.notify_all();
     }
 }
 

@@ -142,13 +142,13 @@ fn state(layer: &StoredLayer) -> String {
     states.join(", ")
 }
 
-/// How much of a layer is here: `all`, or percent, which are 100 only where it is all.
+/// How much of a layer is here: `all`, or percent, which are 100 only where it is all; `-` where there is nothing to have.
 fn part(filled: u64, total: u64) -> String {
-    if filled >= total {
-        return "all".to_owned();
+    match filled.saturating_mul(100).checked_div(total) {
+        None => "-".to_owned(),
+        Some(_) if filled == total => "all".to_owned(),
+        Some(percent) => format!("{percent} %"),
     }
-    // Of numbers below 2^32.
-    format!("{} %", filled.saturating_mul(100) / total)
 }
 
 /// Shows how long ago something was: `now`, `5 min`, `3 h`, `12 d`.
@@ -191,7 +191,7 @@ mod tests {
     fn layer(number: u64) -> StoredLayer {
         StoredLayer {
             directory: "/store/layers/b/t".into(),
-            blob: format!("sha256:{number:064x}"),
+            blob: format!("sha256:{number:012x}{:052x}", 0),
             toc: format!("sha256:{:064x}", number + 1),
             vouched: true,
             origins: vec!["registry.example/app:1".to_owned()],
@@ -207,10 +207,10 @@ mod tests {
 
     #[test]
     fn layers_are_listed() {
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(1_000_000 - seconds);
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(1_000_000 - seconds);
         let layers = [
-            StoredLayer { extents_filled: 1000, in_use: true, pinned: true, last_used: at(5), ..layer(0xabc << 208) },
-            StoredLayer { extents_filled: 999, vouched: false, last_used: at(7300), ..layer(1 << 63) },
+            StoredLayer { extents_filled: 1000, in_use: true, pinned: true, last_used: at(5), ..layer(0xabc) },
+            StoredLayer { extents_filled: 999, vouched: false, last_used: at(7300), ..layer(0xdef) },
             StoredLayer { origins: vec![], verdict: Some("proven".to_owned()), last_used: at(900_000), ..layer(3) },
             StoredLayer {
                 origins: vec!["bad\x1b[31m".to_owned()],
@@ -218,9 +218,31 @@ mod tests {
                 ..layer(4)
             },
         ];
-        insta::assert_snapshot!(list(&layers, at(0)), @"");
+        insta::assert_snapshot!(list(&layers, at(0)), @r"
+        layer         image                   here     size  used  state
+        000000000abc  registry.example/app:1   all  300 MiB   now  in use, pinned
+        000000000def  registry.example/app:1  99 %  300 MiB   2 h  unverified
+        000000000003  -                        0 %  300 MiB  10 d  proven
+        000000000004  bad\x1b[31m              0 %  300 MiB   now
+        ");
         let json = serde_json::to_string_pretty(&JsonLayer::from(&layers[0])).unwrap_or_default();
-        insta::assert_snapshot!(json, @"");
+        insta::assert_snapshot!(json, @r#"
+        {
+          "digest": "sha256:000000000abc0000000000000000000000000000000000000000000000000000",
+          "toc": "sha256:0000000000000000000000000000000000000000000000000000000000000abd",
+          "directory": "/store/layers/b/t",
+          "images": [
+            "registry.example/app:1"
+          ],
+          "vouched": true,
+          "extents_filled": 1000,
+          "extents_total": 1000,
+          "allocated_bytes": 314572800,
+          "last_used": 999995,
+          "in_use": true,
+          "pinned": true
+        }
+        "#);
     }
 
     #[test]
@@ -235,7 +257,20 @@ mod tests {
             bootstrap_bytes: 5 << 20,
             total_bytes: (4 << 30) + (6 << 20),
         };
-        insta::assert_snapshot!(add_up(&totals, Some(10 << 30)), @"");
-        insta::assert_snapshot!(add_up(&Totals::default(), None), @"");
+        insta::assert_snapshot!(add_up(&totals, Some(10 << 30)), @r"
+        type        total  in use  pinned      size     reclaimable
+        layers         12       3       1   4.0 GiB  3.0 GiB (75 %)
+        bootstraps      4                   5.0 MiB
+        other                               1.0 MiB
+        all                                 4.0 GiB
+        quota                              10.0 GiB
+        ");
+        insta::assert_snapshot!(add_up(&Totals::default(), None), @r"
+        type        total  in use  pinned  size  reclaimable
+        layers          0       0       0   0 B    0 B (0 %)
+        bootstraps      0                   0 B
+        other                               0 B
+        all                                 0 B
+        ");
     }
 }

@@ -35,6 +35,8 @@ impl Several {
         let descriptor = &self.blobs[number].descriptor;
         let layer = open_layer(self.source.clone(), descriptor, &self.store, &self.options).await.unwrap();
         self.source.take_requests();
+        let store = self.store.clone();
+        tokio::task::spawn_blocking(move || store.settle()).await.unwrap();
         layer
     }
 
@@ -199,6 +201,7 @@ async fn other_processes_layers_are_found() {
     let store = Store::open(case.directory.path()).unwrap();
     let one = open_layer(case.source.clone(), &case.blobs[0].descriptor, &store, &case.options).await.unwrap();
     complete(&one).await.unwrap();
+    tokio::task::spawn_blocking(move || store.settle()).await.unwrap();
     case.source.fail();
     for file in 0..3 {
         case.read(&two, 1, file).await.unwrap();

@@ -152,7 +152,7 @@ impl Access {
     }
 }
 
-fn parse(name: &str) -> Result<ImageName> {
+pub(crate) fn parse(name: &str) -> Result<ImageName> {
     name.parse().map_err(|error: loris_oci::Error| Usage(error.to_string()).into())
 }
 

@@ -6,13 +6,15 @@ use anyhow::Context as _;
 use clap::{Args, ValueEnum as _};
 use loris_format::tree::Tree;
 use loris_lazy::{
-    Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, Trust, open_image,
+    Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
+    open_image,
 };
 use loris_oci::{Document, ImageSource, platform};
 
 use crate::{
     Global,
     access::{self, OnePlatform},
+    amounts,
     failure::Refused,
 };
 
@@ -32,12 +34,20 @@ pub(crate) struct StorePlace {
     /// Where content that was read is kept
     #[arg(long, env = "LORIS_CACHE_DIR", value_name = "DIR")]
     cache_dir: Option<PathBuf>,
+    /// Most of the disk that it may take, such as `20G`: what nobody uses makes room, the longest unused first
+    #[arg(long, env = "LORIS_CACHE_QUOTA", value_name = "SIZE", value_parser = amounts::size)]
+    cache_quota: Option<u64>,
+    /// Hash again what is on the disk before it is used for the first time
+    #[arg(long)]
+    paranoid: bool,
 }
 
 impl StorePlace {
     pub(crate) fn open(&self) -> anyhow::Result<Store> {
         let directory = self.cache_dir.clone().unwrap_or_else(default_store);
-        Store::open(&directory).with_context(|| format!("opening the cache {}", directory.display()))
+        let options =
+            StoreOptions { quota_bytes: self.cache_quota, paranoid: self.paranoid, ..StoreOptions::default() };
+        Store::open_with(&directory, &options).with_context(|| format!("opening the cache {}", directory.display()))
     }
 }
 

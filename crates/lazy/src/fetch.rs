@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
-    plan::fetched_range,
+    plan::{FetchPolicy, Request, fetched_range, plan},
     rest::{self, Records},
     schedule::{Claim, Turn},
 };
@@ -74,8 +74,58 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`, when their turn has come.
-    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
+    /// Brings all frames, which lie in `range`: out of other layers of the store, and from the source what is in none.
+    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, mut turn: Option<Turn>) {
+        let (layer, frames) = (Arc::clone(&self.layer), self.frames());
+        let filling = tokio::task::spawn_blocking(move || layer.fill_from_store(&frames));
+        let room = match filling.await {
+            Ok(Ok(room)) => Arc::new(room),
+            Ok(Err(error)) => return self.fail(&error),
+            // The waiters are told by `drop`.
+            Err(_) => return,
+        };
+        let layer = Arc::clone(&self.layer);
+        for (range, flights) in self.without_whole(range) {
+            let (room, turn) = (Arc::clone(&room), turn.take());
+            let claim = layer.claim(&flights.frames(), claim.urgency);
+            tokio::spawn(async move {
+                flights.bring(range, claim, turn).await;
+                drop(room);
+            });
+        }
+        layer.prove_when_whole();
+    }
+
+    fn frames(&self) -> Vec<FrameId> {
+        self.tickets.iter().map(|ticket| ticket.frame).collect()
+    }
+
+    /// Ends the flights of frames that are here, and returns requests for the rest.
+    fn without_whole(mut self, range: BlobRange) -> Vec<(BlobRange, Self)> {
+        let mut left = VecDeque::new();
+        let all = self.tickets.len();
+        while let Some(ticket) = self.tickets.front() {
+            if self.layer.has_frame(ticket.frame) {
+                self.arrive(Ok(Arc::new(Landed { refused: Vec::new() })));
+            } else {
+                left.extend(self.tickets.pop_front());
+            }
+        }
+        self.tickets = left;
+        if self.tickets.len() == all {
+            return vec![(range, self)];
+        }
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy };
+        let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
+        let part = |request: Request| {
+            let tickets = self.tickets.drain(..request.frames.len()).collect();
+            (request.range, Self::new(Arc::clone(&self.layer), tickets))
+        };
+        requests.into_iter().map(part).collect()
+    }
+
+    /// Fetches all frames, which lie in `range`, when their turn has come.
+    async fn bring(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let layer = Arc::clone(&self.layer);
         let mut turn = match turn {
             Some(mut turn) => {

@@ -83,6 +83,8 @@ pub struct LayerStatistics {
     pub fetched_bytes: u64,
     /// Requests to the source, failed ones included.
     pub requests: u64,
+    /// Bytes of content that came from other layers of the store.
+    pub copied_bytes: u64,
     /// Bytes that frames decoded to.
     pub decoded_bytes: u64,
     /// Extents that are in the data file, also from earlier.
@@ -99,6 +101,7 @@ pub struct LayerStatistics {
 pub(crate) struct Counters {
     pub(crate) fetched_bytes: AtomicU64,
     pub(crate) requests: AtomicU64,
+    pub(crate) copied_bytes: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) errors: AtomicU64,
@@ -165,13 +168,13 @@ impl LazyLayer {
     /// Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {
-        self.cache.filled().contains_all(self.index.extents_in(range)) && !(self.is_whole() && self.is_condemned())
+        self.cache.has(self.index.extents_in(range)) && !(self.is_whole() && self.is_condemned())
     }
 
     /// Says whether every extent is there.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.cache.filled().count() == self.index.extents().len()
+        self.cache.is_complete()
     }
 
     /// Says whether everything is there and nothing was found wrong with it: neither the source nor we are needed any
@@ -276,12 +279,13 @@ impl LazyLayer {
         self.check_verdict()?;
         self.touched(&range, &Handle::current());
         let extents = self.index.extents_in(&range);
-        if self.cache.filled().contains_all(extents.clone()) {
+        if self.cache.has(extents.clone()) {
             return Ok(());
         }
         let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
         self.cache.refresh(missing).map_err(|error| self.file_error(error))?;
+        self.recheck(extents.clone()).await?;
         let frames = self.missing_frames(extents.clone());
         if frames.is_empty() {
             return Ok(());
@@ -473,6 +477,7 @@ impl LazyLayer {
         LayerStatistics {
             fetched_bytes: get(&self.counters.fetched_bytes),
             requests: get(&self.counters.requests),
+            copied_bytes: get(&self.counters.copied_bytes),
             decoded_bytes: get(&self.counters.decoded_bytes),
             extents_filled: self.cache.filled().count() as u64,
             extents_total: self.index.extents().len() as u64,

@@ -7,6 +7,7 @@
 //!
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
 //! - [`derived`]: what is made out of layers and kept beside them.
+//! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
 //! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
@@ -38,9 +39,16 @@
 
 mod agreement;
 mod cache;
+mod content;
+mod digests;
+mod disk;
+mod eviction;
 mod fetch;
 mod filled;
+mod quota;
+mod recheck;
 
+pub mod census;
 pub mod complete;
 pub mod derived;
 pub mod error;
@@ -53,10 +61,13 @@ mod schedule;
 mod sequence;
 pub mod store;
 
+pub use census::{StoredLayer, Totals};
 pub use complete::{Completion, complete, complete_all, prefetch};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
+pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;
 pub use proof::Verdict;
+pub use recheck::{Checked, Fault};
 pub use store::{Store, StoreOptions};

@@ -349,9 +349,11 @@ impl LayerOpening {
         let store = self.store.clone();
         let work = move || -> Result<_, StoreError> {
             if fresh && vouched {
+                let _room = store.room(tail.saved_bytes())?;
                 tail.save(&directory)?;
             }
             let cache = store.layer(&directory, &layer, &index)?;
+            store.note_origin(&directory, &name);
             let verdict = Verdict::load(cache.directory());
             Ok((index, cache, verdict))
         };

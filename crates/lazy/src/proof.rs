@@ -40,6 +40,8 @@ use crate::{
 
 /// What is read of the blob at once, where something is missing.
 const PIECE_BYTES: u64 = 1 << 20;
+/// What a proof may fetch, or a sixteenth of the blob.
+const MOST_ABSENT_BYTES: u64 = 1 << 20;
 /// Most bytes of a verdict: a reason is a few lines.
 const MOST_VERDICT_BYTES: u64 = 16 << 10;
 const VERSION: &str = "loris verdict 1";
@@ -49,7 +51,8 @@ const VERSION: &str = "loris verdict 1";
 pub enum Verdict {
     /// Its tar has this DiffID, and agrees with the index.
     Sound(DiffId),
-    /// It could not be put together: what was missing can't be had. Every extent has its digest all the same.
+    /// It could not be put together: what is missing can't be had, or costs too much. Every extent has its digest all the
+    /// same.
     Unproven(String),
     /// It is not what it claims to be.
     Condemned(String),
@@ -97,6 +100,11 @@ impl Verdict {
 pub(crate) fn prove(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Verdict, EnsureError> {
     let failure = Arc::default();
     let stream = TarStream::new(layer, runtime, &failure).map_err(|error| layer.file_error(error))?;
+    let absent = stream.absent_bytes();
+    if absent > MOST_ABSENT_BYTES.max(layer.descriptor().size / 16) {
+        // As where content was found in other layers of the store: what stands around it was never seen.
+        return Ok(Verdict::Unproven(format!("{absent} bytes of the blob would have to be fetched for it")));
+    }
     let mut hashed = Hashed { inner: stream, hasher: Hasher::sha256() };
     let found = agreement::compare(&mut hashed, layer.index(), &layer.limits).and_then(|differences| {
         io::copy(&mut hashed, &mut io::sink())?;
@@ -150,7 +158,7 @@ fn check_data_file(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
         }
     }
     let Some((extent, expected)) = first else { return Ok(()) };
-    layer.cache.forget(damaged).map_err(|error| layer.file_error(error))?;
+    layer.cache.forget(&damaged).map_err(|error| layer.file_error(error))?;
     Err(EnsureError::Mismatch {
         layer: *layer.digest(),
         path: path_of(layer.index(), extent.node),
@@ -223,6 +231,18 @@ impl<'a> TarStream<'a> {
             segments,
             current: Current::Bytes(Bytes::new()),
         })
+    }
+
+    /// Returns how many bytes of the blob would have to be fetched.
+    fn absent_bytes(&self) -> u64 {
+        let frames = self.layer.index().frames();
+        let absent = |segment: &Segment| match *segment {
+            Segment::Frame(frame) if self.rest.has(frame) => 0,
+            Segment::Frame(frame) => frames[frame.0 as usize].range.length,
+            Segment::Blob(range) if self.tail.get(range).is_some() => 0,
+            Segment::Blob(range) => range.length,
+        };
+        self.segments.iter().map(absent).fold(0, u64::saturating_add)
     }
 
     fn open(&mut self, segment: Segment) -> io::Result<Current> {

@@ -2,8 +2,11 @@
 #![expect(clippy::unwrap_used, reason = "functions that only tests call are tests too")]
 
 mod blob;
+mod content;
+mod keeping;
 mod open;
 mod proof;
+mod quota;
 mod read;
 mod restart;
 mod source;

@@ -255,7 +255,12 @@ async fn prefetch_stops_at_the_landmark() {
 #[tokio::test]
 async fn memory_is_bounded_and_large_frames_still_pass() {
     let mut case = Case::new(files(8, 50_000), Shape { chunk_bytes: 50_000, ..Shape::default() });
-    let options = loris_lazy::StoreOptions { memory_bytes: 110_000, requests: 8, decoders: 2 };
+    let options = loris_lazy::StoreOptions {
+        memory_bytes: 110_000,
+        requests: 8,
+        decoders: 2,
+        ..loris_lazy::StoreOptions::default()
+    };
     let other = tempfile::tempdir().unwrap();
     case.store = loris_lazy::Store::open_with(other.path(), &options).unwrap();
     let case = Arc::new(case);
@@ -268,9 +273,9 @@ async fn memory_is_bounded_and_large_frames_still_pass() {
         })
         .collect();
     until("a reader", || layer.statistics().waits >= 8).await;
-    for _ in 0..100 {
-        tokio::task::yield_now().await;
-    }
+    case.source.held(1).await;
+    // Time for another one to come, which must not.
+    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     assert_eq!(case.source.take_requests().len(), 1, "a frame with its decoded form fills the bound");
     case.source.release();
     for reader in readers {

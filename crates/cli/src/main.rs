@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod activity;
 mod amounts;
 mod bench;
 mod cache;
@@ -26,6 +27,7 @@ mod progress;
 mod run;
 mod signals;
 mod stage;
+mod status;
 mod table;
 mod verify;
 mod warm;
@@ -101,6 +103,8 @@ enum Verb {
     Run(run::RunArguments),
     /// Fetch all of an image ahead of time, so that it is mounted without its registry
     Warm(warm::WarmArguments),
+    /// Show what of images is here, who uses it, and what is being fetched and why
+    Status(status::StatusArguments),
     /// Show, check and clean what was kept of images
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -172,6 +176,7 @@ fn main() -> ExitCode {
         Verb::MountSweep { register } => engine::sweep(&register),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Warm(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Status(arguments) => arguments.run(&global),
         Verb::Cache(command) => command.run(&global),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),

@@ -27,6 +27,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     Global,
     access::{self, OnePlatform},
+    activity,
     engine::{self, EngineArgument},
     failure::{self, Outcome, Usage},
     opened::{FetchAhead, Looked, OpenLazily, Opened},
@@ -164,6 +165,7 @@ impl MountArguments {
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
         self.ahead.begin(opened.layers());
+        activity::tell(&store, "mount", &self.image, Some(&self.directory), opened.layers());
         Ok(Mounted { root: Some(root), server: None, layers: opened.layers().to_vec() })
     }
 
@@ -190,6 +192,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let server = Server::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
         self.ahead.begin(&layers);
+        activity::tell(&store, "mount", &self.image, Some(&self.directory), &layers);
         let mut pause = FIRST_PAUSE;
         // From here on reads are answered. Given up now, they would be refused for ever.
         let root = loop {

@@ -21,6 +21,7 @@ use loris_oci::document::ProcessConfig;
 use crate::{
     Global,
     access::OnePlatform,
+    activity,
     engine::EngineArgument,
     failure::{self, Outcome, Usage},
     opened::{FetchAhead, Looked, OpenLazily, Opened},
@@ -190,6 +191,7 @@ impl RunArguments {
         let root =
             RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
         self.ahead.begin(opened.layers());
+        activity::tell(store, "run", &self.image, None, opened.layers());
         Ok(Root::Lazy(root, opened))
     }
 

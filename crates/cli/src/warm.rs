@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::{
     Global,
     access::OnePlatform,
+    activity,
     failure::{self, Outcome},
     opened::{Looked, OpenLazily, Opened},
     progress::Bars,
@@ -64,6 +65,7 @@ impl WarmArguments {
         let layers = opened.layers();
         let how = Completion { patience: Duration::from_secs(self.patience), ..Completion::default() };
         let bar = Bars::new(global).whole(layers.iter().map(|layer| layer.descriptor().size).sum());
+        activity::tell(&store, "warm", &self.image, None, layers);
         let completing = loris_lazy::complete_all(layers, &how);
         tokio::pin!(completing);
         loop {

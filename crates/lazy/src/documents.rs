@@ -140,8 +140,8 @@ impl ImageSource for Remembering {
         self.source.link()
     }
 
-    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) {
-        self.source.distrust_range(descriptor, range);
+    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) -> bool {
+        self.source.distrust_range(descriptor, range)
     }
 }
 

@@ -138,6 +138,7 @@ impl Flights {
         turn.landed();
         match fetched {
             Ok(bytes) => {
+                Counters::add(&layer.counters.by_urgency[turn.urgency() as usize], bytes.len() as u64);
                 let decoding = layer.schedule.decoder(turn.urgency()).await;
                 let landing = tokio::task::spawn_blocking(move || {
                     self.land(range, &bytes);

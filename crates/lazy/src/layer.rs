@@ -10,7 +10,7 @@ use std::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use loris_format::{
@@ -91,8 +91,18 @@ pub struct LayerStatistics {
     pub extents_filled: u64,
     /// Extents of the layer.
     pub extents_total: u64,
+    /// Of the fetched bytes, those that came because somebody waited for them, ...
+    pub demand_bytes: u64,
+    /// ... those that were marked as needed by the start, ...
+    pub prefetch_bytes: u64,
+    /// ... those ahead of a reader, ...
+    pub read_ahead_bytes: u64,
+    /// ... and those of completion. The rest is tables of contents, and what a proof lacked.
+    pub completion_bytes: u64,
     /// Calls of [`LazyLayer::ensure`] that had to wait for a fetch.
     pub waits: u64,
+    /// How long they waited, all together.
+    pub waited: Duration,
     /// Fetches, frames and extents that failed.
     pub errors: u64,
 }
@@ -103,7 +113,9 @@ pub(crate) struct Counters {
     pub(crate) requests: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
+    pub(crate) by_urgency: [AtomicU64; 4],
     pub(crate) waits: AtomicU64,
+    pub(crate) waited_nanos: AtomicU64,
     pub(crate) errors: AtomicU64,
 }
 
@@ -291,7 +303,30 @@ impl LazyLayer {
             return Ok(());
         }
         Counters::add(&self.counters.waits, 1);
-        for flight in self.take_off(&frames)? {
+        let began = Instant::now();
+        let mut outcome = self.filled(&frames, &extents).await;
+        let is_wrong = |error: &EnsureError| matches!(error, EnsureError::Mismatch { .. } | EnsureError::Decode { .. });
+        if outcome.as_ref().is_err_and(is_wrong) && self.distrust(&frames) {
+            // Somebody else may have the right bytes.
+            outcome = self.filled(&frames, &extents).await;
+        }
+        let waited = began.elapsed().as_nanos();
+        Counters::add(&self.counters.waited_nanos, u64::try_from(waited).unwrap_or(u64::MAX));
+        outcome
+    }
+
+    /// Tells the source that what it sent of some frames is wrong; says whether it can ask somebody else.
+    fn distrust(&self, frames: &[FrameId]) -> bool {
+        let bad = frames.iter().filter(|frame| !self.has_frame(**frame));
+        bad.fold(false, |is_choice, frame| {
+            let range = fetched_range(&self.index.frames()[frame.0 as usize]);
+            self.source.distrust_range(&self.descriptor, range.start.0..range.end().0) || is_choice
+        })
+    }
+
+    /// Waits for frames; what is refused in them is an error only in `extents`.
+    async fn filled(self: &Arc<Self>, frames: &[FrameId], extents: &std::ops::Range<usize>) -> Result<(), EnsureError> {
+        for flight in self.take_off(frames)? {
             let landed = self.landing(flight).await?;
             if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
                 return Err(refusal.error.clone());
@@ -481,7 +516,12 @@ impl LazyLayer {
             decoded_bytes: get(&self.counters.decoded_bytes),
             extents_filled: self.cache.filled().count() as u64,
             extents_total: self.index.extents().len() as u64,
+            demand_bytes: get(&self.counters.by_urgency[Urgency::Demand as usize]),
+            prefetch_bytes: get(&self.counters.by_urgency[Urgency::Prefetch as usize]),
+            read_ahead_bytes: get(&self.counters.by_urgency[Urgency::ReadAhead as usize]),
+            completion_bytes: get(&self.counters.by_urgency[Urgency::Completion as usize]),
             waits: get(&self.counters.waits),
+            waited: Duration::from_nanos(get(&self.counters.waited_nanos)),
             errors: get(&self.counters.errors),
         }
     }

@@ -289,18 +289,27 @@ impl LayerOpening {
 
     /// Reads the table of contents: from the store, else from the source.
     async fn index(&self, annotation: Option<Digest>) -> Result<Indexed, LayerError> {
-        let mut tail = Tail::default();
-        let (mut opening, mut range) = match self.start(annotation).await? {
-            Start::Opened(indexed) => return Ok(*indexed),
-            Start::Fetch(opening, range) => (*opening, range),
-        };
+        let mut again = false;
         loop {
-            let bytes = self.fetch(range).await?;
-            tail.extend_down(range, &bytes);
-            let supplied = bytes.clone();
-            match self.compute(move || opening.supply(&supplied)).await?.map_err(|error| self.refused(error))? {
-                Step::Read(next, next_range) => (opening, range) = (next, next_range),
-                Step::Done(index, opened) => return Ok(Indexed { index, opened, tail, fresh: true }),
+            let mut tail = Tail::default();
+            let (mut opening, mut range) = match self.start(annotation).await? {
+                Start::Opened(indexed) => return Ok(*indexed),
+                Start::Fetch(opening, range) => (*opening, range),
+            };
+            let refused = loop {
+                let bytes = self.fetch(range).await?;
+                tail.extend_down(range, &bytes);
+                let supplied = bytes.clone();
+                match self.compute(move || opening.supply(&supplied)).await? {
+                    Ok(Step::Read(next, next_range)) => (opening, range) = (next, next_range),
+                    Ok(Step::Done(index, opened)) => return Ok(Indexed { index, opened, tail, fresh: true }),
+                    Err(error) => break self.refused(error),
+                }
+            };
+            // Somebody else may have the right bytes.
+            let seen = range.start.0..self.descriptor.size;
+            if std::mem::replace(&mut again, true) || !self.source.distrust_range(&self.descriptor, seen) {
+                return Err(refused);
             }
         }
     }

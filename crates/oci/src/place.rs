@@ -51,10 +51,11 @@ pub trait ImageSource: Send + Sync {
     }
 
     /// Takes note that bytes which [`ImageSource::blob_range`] returned proved wrong, as only the caller can know: a
-    /// source with more than one host asks another one first when bytes of that range are asked for again. Does nothing
-    /// where there is no choice.
-    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) {
+    /// source with more than one host asks another one first when bytes of that range are asked for again. Says whether
+    /// there is one; does nothing where there is no choice.
+    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) -> bool {
         let _ = (descriptor, range);
+        false
     }
 }
 

@@ -4,6 +4,7 @@
 mod blob;
 mod content;
 mod documents;
+mod faults;
 mod keeping;
 mod open;
 mod proof;

@@ -124,9 +124,9 @@ impl Repository {
     }
 
     /// Takes note that bytes of a range proved wrong; see [`crate::ImageSource::distrust_range`].
-    pub fn distrust_range(&self, descriptor: &Descriptor, range: &Range<u64>) {
+    pub fn distrust_range(&self, descriptor: &Descriptor, range: &Range<u64>) -> bool {
         self.client.targets().forget_blob(&self.name, &descriptor.digest);
-        self.route.distrust(&descriptor.digest, range, self.client.config());
+        self.route.distrust(&descriptor.digest, range, self.client.config())
     }
 
     async fn read_range(

@@ -104,8 +104,8 @@ impl ImageSource for RegistrySource {
         self.repository.link()
     }
 
-    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) {
-        self.repository.distrust_range(descriptor, &range);
+    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) -> bool {
+        self.repository.distrust_range(descriptor, &range)
     }
 }
 

@@ -198,15 +198,16 @@ impl Route {
     }
 
     /// Takes note that bytes of a blob proved wrong: whoever served them is put back, and asked for these only after
-    /// others.
-    pub(super) fn distrust(&self, digest: &Digest, range: &Range<u64>, config: &Config) {
-        let Some(members) = self.members.get() else { return };
+    /// others. Says whether there are others.
+    pub(super) fn distrust(&self, digest: &Digest, range: &Range<u64>, config: &Config) -> bool {
+        let Some(members) = self.members.get() else { return false };
         let mut ranges = self.ranges();
         let until = Instant::now() + DISTRUSTED;
         let touches = |served: &Range<u64>| served.start < range.end && range.start < served.end;
         let (guilty, others): (VecDeque<_>, VecDeque<_>) =
             std::mem::take(&mut ranges.served).into_iter().partition(|(of, served, _)| of == digest && touches(served));
         ranges.served = others;
+        let is_choice = members.len() > 1 && !guilty.is_empty();
         for (digest, range, member) in guilty {
             let Some(host) = members.get(member) else { continue };
             tracing::warn!(host = host.host.name, %digest, ?range, "a host has sent wrong bytes; others are asked first");
@@ -216,6 +217,7 @@ impl Route {
             }
             ranges.distrusted.push_back((digest, range, member, until));
         }
+        is_choice
     }
 
     /// Says whether bytes that a host sent of this range have proved wrong.

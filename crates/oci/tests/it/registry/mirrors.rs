@@ -213,17 +213,17 @@ async fn bytes_that_prove_wrong_come_from_elsewhere_the_next_time() {
     site.near.fault(Fault::new(Effect::FlipBit(0)).path("/blobs/"));
     let blob = descriptor(&content(BLOB));
     assert_ne!(range(&source, 1000).await, content(BLOB)[1000..2000]);
-    source.distrust_range(&blob, 1500..1600);
+    assert!(source.distrust_range(&blob, 1500..1600));
     assert_eq!(range(&source, 1000).await, content(BLOB)[1000..2000]);
     assert_eq!(site.asked(), [1, 1, 0]);
     // It concerns those bytes, and no others, and not who has served them since.
     range(&source, 100_000).await;
     assert_eq!(site.asked(), [1, 0, 0]);
-    source.distrust_range(&blob, 1000..2000);
+    assert!(source.distrust_range(&blob, 1000..2000));
     range(&source, 1999).await;
     assert_eq!(site.asked(), [0, 0, 1]);
     // Where all are distrusted, they are asked all the same.
-    source.distrust_range(&blob, 1999..2000);
+    assert!(source.distrust_range(&blob, 1999..2000));
     assert_eq!(range(&source, 1000).await, content(BLOB)[1000..2000]);
 }
 

@@ -94,7 +94,10 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
         return Some(Duration::from_secs(seconds));
     }
     let date = UNIX_EPOCH.checked_add(Duration::from_secs(http_date(text)?))?;
-    Some(date.duration_since(SystemTime::now()).unwrap_or_default())
+    // The server has named a time of day. Whoever waits for it bounds the wait.
+    #[expect(clippy::disallowed_methods)]
+    let now = SystemTime::now();
+    Some(date.duration_since(now).unwrap_or_default())
 }
 
 /// Reads `Sun, 06 Nov 1994 08:49:37 GMT` as seconds since 1970. Of the forms of RFC 9110, section 5.6.7, only this one may

@@ -8,7 +8,9 @@
 #![forbid(unsafe_code)]
 
 mod access;
+mod amounts;
 mod bench;
+mod cache;
 mod convert;
 mod copy;
 mod demo;
@@ -96,6 +98,9 @@ enum Verb {
     Umount(mount::UmountArguments),
     /// Run a container over a lazily mounted image
     Run(run::RunArguments),
+    /// Show, check and clean what was kept of images
+    #[command(subcommand)]
+    Cache(cache::CacheCommand),
     /// Show what this machine allows, which engine mounts would get, and what to change for a better one
     Doctor(doctor::DoctorArguments),
     /// Measure: lazy against full pull, and conversion against the tools of today
@@ -163,6 +168,7 @@ fn main() -> ExitCode {
         Verb::Umount(arguments) => arguments.run(&global),
         Verb::MountSweep { register } => engine::sweep(&register),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Cache(command) => command.run(&global),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Demo(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),

@@ -29,7 +29,7 @@ use crate::{
     access::{self, OnePlatform},
     engine::{self, EngineArgument},
     failure::{self, Outcome, Usage},
-    opened::{Looked, OpenLazily, Opened},
+    opened::{FetchAhead, Looked, OpenLazily, Opened},
 };
 
 mod resume;
@@ -65,6 +65,8 @@ pub(crate) struct MountArguments {
     platform: OnePlatform,
     #[command(flatten)]
     open: OpenLazily,
+    #[command(flatten)]
+    ahead: FetchAhead,
 }
 
 /// Unmount what `loris mount` has mounted.
@@ -161,7 +163,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
-        opened.prefetch();
+        self.ahead.begin(opened.layers());
         Ok(Mounted { root: Some(root), server: None, layers: opened.layers().to_vec() })
     }
 
@@ -187,6 +189,7 @@ impl MountArguments {
         let log = Some(self.log());
         let runtime = tokio::runtime::Handle::current();
         let server = Server::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
+        self.ahead.begin(&layers);
         let mut pause = FIRST_PAUSE;
         // From here on reads are answered. Given up now, they would be refused for ever.
         let root = loop {

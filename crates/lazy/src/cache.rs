@@ -5,7 +5,9 @@
 //! | `data` | sparse; the content of every file of the layer, where the index says; zeros to a multiple of 4 KiB |
 //! | `filled` | which of it is there, see [`crate::filled`] |
 //! | `toc` | what the index is made of, so that opening again needs no network; see [`Tail`] |
-//! | `lock` | `flock`: shared while in use, exclusive while files are made anew |
+//! | `lock` | `flock`: shared while in use, exclusive while files are made anew or removed; its time is that of the last use |
+//! | `origin` | where the layer was opened from, see [`crate::census`] |
+//! | `pinned` | is there where the layer must not be evicted |
 //!
 //! Several processes may use a layer at once: they write the same verified bytes to the same places, and merge their
 //! bits. Only to throw files away a process must be alone. A data file is never cut to make it anew, it is replaced:
@@ -14,13 +16,14 @@
 use std::{
     fs::{File, TryLockError},
     io::{self, Write as _},
+    ops::Range,
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant, SystemTime},
 };
 
 use loris_format::{
@@ -32,8 +35,10 @@ use loris_format::{
 use tokio::sync::watch;
 
 use crate::{
+    disk,
     error::StoreError,
     filled::{BootId, FilledMap, Header, Loaded, sha256},
+    store::Store,
 };
 
 /// After so many bytes the data file is synced in the background: what a power failure may cost.
@@ -41,7 +46,11 @@ const SYNC_BYTES: u64 = 64 << 20;
 
 /// How often, and with what pause, we look whether files that must be made anew are still in use.
 const LOCK_ATTEMPTS: usize = 5;
+/// How often a layer may be removed under who opens it.
+const REMOVALS: usize = 100;
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+/// How often it is noted, at most, that a layer is in use.
+const TOUCH_SECONDS: u64 = 60;
 
 /// An open layer of the store.
 #[derive(Debug)]
@@ -56,8 +65,14 @@ pub(crate) struct LayerCache {
     unsynced_bytes: AtomicU64,
     sync_wanted: AtomicBool,
     syncing: Mutex<()>,
-    /// Whether every extent is filled.
+    /// Whether every extent is filled, and may be used without being looked at again.
     complete: watch::Sender<bool>,
+    store: Store,
+    /// Where what is read must be hashed again first: what has been.
+    checked: Option<Mutex<Checked>>,
+    opened: Instant,
+    /// Seconds after `opened` in which it was last noted that the layer is in use.
+    touched: AtomicU64,
     /// Held shared until the end; the system gives it back when the file is closed.
     lock: File,
 }
@@ -71,6 +86,7 @@ impl LayerCache {
         blob: &Digest,
         index: &LayerIndex,
         adopted: Option<File>,
+        store: &Store,
     ) -> Result<Self, StoreError> {
         let expected = Expected {
             blob: sha256(blob.to_string().as_bytes()),
@@ -79,43 +95,13 @@ impl LayerCache {
             data_length: index.data_length(),
             boot: BootId::current(),
         };
-        create_private_directory(directory).map_err(StoreError::file(directory))?;
-        let lock_path = directory.join("lock");
-        let lock = open_private(&lock_path).map_err(StoreError::file(&lock_path))?;
-        let mut attempts = 0..LOCK_ATTEMPTS;
-        let (data, filled) = loop {
-            let alone = match lock.try_lock() {
-                Ok(()) => true,
-                Err(TryLockError::WouldBlock) => false,
-                Err(TryLockError::Error(source)) => return Err(StoreError::file(lock_path)(source)),
-            };
-            if !alone {
-                lock.lock_shared().map_err(StoreError::file(&lock_path))?;
-            }
-            match Self::load(directory, &expected, alone)? {
-                Some(files) if !alone => break files,
-                None if !alone => {
-                    // Whoever was making the files may have died over it, and nobody is using them.
-                    lock.unlock().map_err(StoreError::file(&lock_path))?;
-                    attempts.next().ok_or_else(|| StoreError::InUse { path: directory.to_owned() })?;
-                    std::thread::sleep(LOCK_PAUSE);
-                }
-                found => {
-                    let files = match found {
-                        Some(files) => files,
-                        None => Self::create(directory, &expected)?,
-                    };
-                    lock.lock_shared().map_err(StoreError::file(&lock_path))?;
-                    break files;
-                }
-            }
-        };
+        let (lock, data, filled) = Self::acquire(directory, &expected, store)?;
         let data = match adopted {
             Some(adopted) if is_same_file(&adopted, &data).map_err(StoreError::file(directory))? => adopted,
             _ => data,
         };
-        let complete = watch::Sender::new(filled.count() == index.extents().len());
-        Ok(Self {
+        let checked = store.is_paranoid().then(|| Mutex::new(Checked::new(filled.extents())));
+        let cache = Self {
             directory: directory.to_owned(),
             data,
             filler: OnceLock::new(),
@@ -125,9 +111,70 @@ impl LayerCache {
             unsynced_bytes: AtomicU64::new(0),
             sync_wanted: AtomicBool::new(false),
             syncing: Mutex::new(()),
-            complete,
+            complete: watch::Sender::new(false),
+            store: store.clone(),
+            checked,
+            opened: Instant::now(),
+            touched: AtomicU64::new(0),
             lock,
-        })
+        };
+        cache.touch();
+        cache.tell_if_complete();
+        Ok(cache)
+    }
+
+    /// Locks the directory and returns the lock, held shared, and the files in it, made anew where they are of no use.
+    fn acquire(directory: &Path, expected: &Expected, store: &Store) -> Result<(File, File, FilledMap), StoreError> {
+        let lock_path = directory.join("lock");
+        let mut attempts = 0..LOCK_ATTEMPTS;
+        // Another process may be removing the directory: each step may find it gone.
+        let mut removals = 0..REMOVALS;
+        'anew: loop {
+            let opened = create_private_directory(directory).and_then(|()| open_private(&lock_path));
+            let lock = match opened {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && removals.next().is_some() => continue,
+                opened => opened.map_err(StoreError::file(&lock_path))?,
+            };
+            loop {
+                let alone = match lock.try_lock() {
+                    Ok(()) => true,
+                    Err(TryLockError::WouldBlock) => false,
+                    Err(TryLockError::Error(source)) => return Err(StoreError::file(lock_path)(source)),
+                };
+                if !alone {
+                    lock.lock_shared().map_err(StoreError::file(&lock_path))?;
+                }
+                if !is_at(&lock, &lock_path) {
+                    removals.next().ok_or_else(|| StoreError::InUse { path: directory.to_owned() })?;
+                    continue 'anew;
+                }
+                match Self::load(directory, expected, alone)? {
+                    Some((data, filled)) if !alone => return Ok((lock, data, filled)),
+                    None if !alone => {
+                        // Whoever was making the files may have died over it, and nobody is using them.
+                        lock.unlock().map_err(StoreError::file(&lock_path))?;
+                        attempts.next().ok_or_else(|| StoreError::InUse { path: directory.to_owned() })?;
+                        std::thread::sleep(LOCK_PAUSE);
+                    }
+                    found => {
+                        let (data, filled) = match found {
+                            Some(files) => files,
+                            None => {
+                                let _room = store.room(expected.fixed_bytes())?;
+                                Self::create(directory, expected)?
+                            }
+                        };
+                        // Which lets go of the lock for a moment, in which all of it may be removed.
+                        lock.lock_shared().map_err(StoreError::file(&lock_path))?;
+                        if !is_at(&lock, &lock_path) {
+                            removals.next().ok_or_else(|| StoreError::InUse { path: directory.to_owned() })?;
+                            continue 'anew;
+                        }
+                        return Ok((lock, data, filled));
+                    }
+                }
+            }
+        }
     }
 
     /// Returns the files as they are, or `None` where they are not all there, whole, and of this layer.
@@ -193,9 +240,63 @@ impl LayerCache {
     }
 
     fn tell_if_complete(&self) {
-        if self.filled.count() == self.filled.extents() {
+        if self.is_complete() {
             self.complete.send_replace(true);
         }
+    }
+
+    /// Says whether every extent is filled, and may be used without being looked at again.
+    pub(crate) fn is_complete(&self) -> bool {
+        self.filled.count() == self.filled.extents() && self.unchecked(0..self.filled.extents()).is_none()
+    }
+
+    /// Says whether extents are filled, and may be used without being looked at again.
+    pub(crate) fn has(&self, extents: Range<usize>) -> bool {
+        // What can't be read now is heeded later.
+        if self.filled.heed().unwrap_or(false) {
+            self.complete.send_replace(false);
+        }
+        self.filled.contains_all(extents.clone()) && self.unchecked(extents).is_none()
+    }
+
+    /// Returns the first of some extents that must be hashed before it is used.
+    pub(crate) fn unchecked(&self, mut extents: Range<usize>) -> Option<usize> {
+        let checked = self.checked.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner);
+        if checked.count == checked.extents.len() {
+            return None;
+        }
+        extents.find(|&extent| !checked.extents.get(extent).copied().unwrap_or(true))
+    }
+
+    /// Notes that what was hashed is what it must be.
+    pub(crate) fn note_checked(&self, extents: impl IntoIterator<Item = usize>) {
+        let Some(checked) = &self.checked else { return };
+        let mut checked = checked.lock().unwrap_or_else(PoisonError::into_inner);
+        for extent in extents {
+            checked.set(extent, true);
+        }
+        drop(checked);
+        self.tell_if_complete();
+    }
+
+    /// Gives extents up whose content is not what it must be.
+    pub(crate) fn forget(&self, extents: &[usize]) -> io::Result<()> {
+        self.complete.send_replace(false);
+        if let Some(checked) = &self.checked {
+            let mut checked = checked.lock().unwrap_or_else(PoisonError::into_inner);
+            extents.iter().for_each(|&extent| checked.set(extent, false));
+        }
+        self.filled.forget(extents.iter().copied())
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Notes that the layer is in use: what was not for longest goes first where room is needed.
+    fn touch(&self) {
+        // A time that can't be noted is that of an earlier use.
+        let _ = self.lock.set_modified(SystemTime::now());
     }
 
     pub(crate) fn lock(&self) -> &File {
@@ -218,13 +319,24 @@ impl LayerCache {
 
     /// Writes content to its place. It counts only once its extent is published.
     pub(crate) fn write(&self, at: DataOffset, bytes: &[u8]) -> io::Result<()> {
-        self.data().write_all_at(bytes, at.0)
+        disk::write_all_at(self.data(), bytes, at.0)
     }
 
     /// Makes extents count whose `bytes` of content were verified and written.
     pub(crate) fn publish(&self, extents: impl IntoIterator<Item = usize>, bytes: u64) -> io::Result<()> {
-        self.filled.publish(extents)?;
-        self.tell_if_complete();
+        if self.checked.is_some() {
+            let extents: Vec<usize> = extents.into_iter().collect();
+            self.filled.publish(extents.iter().copied())?;
+            self.note_checked(extents);
+        } else {
+            self.filled.publish(extents)?;
+            self.tell_if_complete();
+        }
+        let now = self.opened.elapsed().as_secs();
+        if now.saturating_sub(self.touched.load(Ordering::Relaxed)) >= TOUCH_SECONDS {
+            self.touched.store(now, Ordering::Relaxed);
+            self.touch();
+        }
         if self.unsynced_bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) >= SYNC_BYTES {
             self.sync_wanted.store(true, Ordering::Relaxed);
         }
@@ -246,7 +358,7 @@ impl LayerCache {
         if volatile.is_empty() {
             return Ok(());
         }
-        match self.data().sync_data() {
+        match disk::sync_data(self.data()) {
             Ok(()) => self.filled.make_durable(&volatile),
             Err(error) => {
                 self.complete.send_replace(false);
@@ -264,12 +376,44 @@ impl LayerCache {
         if found < self.file_length {
             tracing::warn!(file = %self.directory.join("data").display(), found, expected = self.file_length,
                 "the data file was cut; what is gone will be fetched again");
-            self.complete.send_replace(false);
-            self.filled.forget(index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))))?;
+            self.forget(&index.extents_in(&(DataOffset(found)..DataOffset(u64::MAX))).collect::<Vec<_>>())?;
             lengthen(self.data(), self.file_length)?;
         }
         Ok(())
     }
+}
+
+impl Drop for LayerCache {
+    fn drop(&mut self) {
+        self.touch();
+    }
+}
+
+/// Which extents this process has hashed.
+#[derive(Debug)]
+struct Checked {
+    extents: Vec<bool>,
+    count: usize,
+}
+
+impl Checked {
+    fn new(extents: usize) -> Self {
+        Self { extents: vec![false; extents], count: 0 }
+    }
+
+    fn set(&mut self, extent: usize, value: bool) {
+        let Some(place) = self.extents.get_mut(extent) else { return };
+        if *place != value {
+            *place = value;
+            self.count = if value { self.count + 1 } else { self.count - 1 };
+        }
+    }
+}
+
+/// Says whether an open file is still the one at a path.
+pub(crate) fn is_at(file: &File, path: &Path) -> bool {
+    let (Ok(open), Ok(there)) = (file.metadata(), path.symlink_metadata()) else { return false };
+    (open.dev(), open.ino()) == (there.dev(), there.ino())
 }
 
 /// Makes a file longer, with a hole. Not by `ftruncate`, for which the kernel asks whoever watches the file (a pager of
@@ -301,6 +445,11 @@ impl Expected {
     fn file_length(&self) -> u64 {
         // The builder of the index has checked that all content ends far below 2^64.
         self.data_length.next_multiple_of(DATA_ALIGNMENT)
+    }
+
+    /// Returns how much of the disk a layer takes with no content in it, about, in bytes: bitmap and directories.
+    fn fixed_bytes(&self) -> u64 {
+        (self.extents / 4).saturating_add(8 * DATA_ALIGNMENT)
     }
 
     fn header(&self, data_inode: u64) -> Header {
@@ -381,11 +530,16 @@ impl Tail {
         (magic == TAIL_MAGIC && tail.end == blob_size && sum == tail.sum()).then_some(tail)
     }
 
+    /// Returns the size of the file that it is saved in, in bytes.
+    pub(crate) fn saved_bytes(&self) -> u64 {
+        (TAIL_HEADER + self.bytes.len()) as u64
+    }
+
     /// Saves it in one step.
     pub(crate) fn save(&self, directory: &Path) -> Result<(), StoreError> {
-        create_private_directory(directory).map_err(StoreError::file(directory))?;
         let path = directory.join("toc");
         let write = || {
+            create_private_directory(directory)?;
             let mut file = tempfile::Builder::new().prefix(".toc-").tempfile_in(directory)?;
             file.write_all(TAIL_MAGIC)?;
             file.write_all(&self.end.to_le_bytes())?;
@@ -393,7 +547,23 @@ impl Tail {
             file.write_all(&self.bytes)?;
             file.persist(&path).map_err(|error| error.error)
         };
-        write().map_err(StoreError::file(&path)).map(drop)
+        let mut result = write();
+        for _ in 0..REMOVALS {
+            match &result {
+                // Another process is removing the directory.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => result = write(),
+                _ => break,
+            }
+        }
+        result.map_err(StoreError::file(&path)).map(drop)
+    }
+
+    /// Returns the size of the blob whose end was saved, as the file says: [`Tail::load`] checks it.
+    pub(crate) fn saved_size(directory: &Path) -> Option<u64> {
+        let file = File::options().read(true).custom_flags(NO_FOLLOW).open(directory.join("toc")).ok()?;
+        let mut size = [0; 8];
+        file.read_exact_at(&mut size, 8).ok()?;
+        Some(u64::from_le_bytes(size))
     }
 
     fn sum(&self) -> [u8; 32] {
@@ -412,7 +582,11 @@ impl Tail {
 /// another end of it.
 pub(crate) const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.union(rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
 
-fn open_private(path: &Path) -> io::Result<File> {
+pub(crate) fn open_existing(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(NO_FOLLOW).open(path)
+}
+
+pub(crate) fn open_private(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(NO_FOLLOW).open(path)
 }
 
@@ -420,3 +594,6 @@ pub(crate) fn create_private_directory(path: &Path) -> io::Result<()> {
     use std::os::unix::fs::DirBuilderExt as _;
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
+
+#[cfg(test)]
+mod crash;

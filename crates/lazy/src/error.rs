@@ -84,6 +84,14 @@ pub enum EnsureError {
         /// The data file.
         path: PathBuf,
     },
+    /// The store's quota is used up by what is in use or pinned.
+    #[error("layer {layer}: {source}")]
+    Quota {
+        /// The compressed blob.
+        layer: Digest,
+        /// [`StoreError::Quota`].
+        source: Arc<StoreError>,
+    },
     /// The data file or its bitmap could not be read or written.
     #[error("layer {layer}: {}: {source}", path.display())]
     File {
@@ -93,6 +101,14 @@ pub enum EnsureError {
         path: PathBuf,
         /// What the system said.
         source: Arc<io::Error>,
+    },
+    /// The layer is not what it claims to be, as was found out once it was whole.
+    #[error("layer {layer} is not served any more: {reason}; pull the image anew from someone you trust")]
+    Condemned {
+        /// The compressed blob.
+        layer: Digest,
+        /// What is wrong with it.
+        reason: String,
     },
     /// The fetch was given up before it ended: the runtime it ran on is going away.
     #[error("layer {layer}: the fetch was interrupted")]
@@ -109,7 +125,26 @@ impl EnsureError {
         match self {
             Self::Fetch { source, .. } => source.is_transient(),
             Self::NoSpace { .. } | Self::Interrupted { .. } | Self::WrongLength { .. } => true,
-            Self::Decode { .. } | Self::Mismatch { .. } | Self::TooLarge { .. } | Self::File { .. } => false,
+            Self::Decode { .. }
+            | Self::Mismatch { .. }
+            | Self::TooLarge { .. }
+            | Self::File { .. }
+            | Self::Quota { .. }
+            | Self::Condemned { .. } => false,
+        }
+    }
+
+    /// Says whether there is no room for the bytes: trying others, or fetching more ahead, is of no use either.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        matches!(self, Self::NoSpace { .. } | Self::Quota { .. })
+    }
+
+    /// Says why there is no room for content.
+    pub(crate) fn no_room(layer: Digest, error: StoreError) -> Self {
+        match error {
+            StoreError::File { path, source } => Self::file(layer, path, source),
+            error => Self::Quota { layer, source: Arc::new(error) },
         }
     }
 
@@ -209,6 +244,14 @@ pub enum LayerError {
         /// What failed.
         source: Arc<StoreError>,
     },
+    /// The layer was found out, at an earlier time, not to be what it claims to be.
+    #[error("layer {layer} is not served: {reason}; pull the image anew from someone you trust")]
+    Condemned {
+        /// The compressed blob.
+        layer: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// Opening was given up before it ended: the runtime it ran on is going away.
     #[error("layer {layer}: opening it was interrupted")]
     Interrupted {
@@ -279,6 +322,26 @@ pub enum StoreError {
         /// Owner or mode.
         detail: String,
     },
+    /// There is no room within the quota, and nothing more that could be evicted.
+    #[error(
+        "the cache {} has a quota of {limit} bytes, of which {used} are taken by layers that are in use or pinned; \
+         unmount images, unpin some (`loris cache ls`), or allow more (`--cache-quota`)",
+        path.display()
+    )]
+    Quota {
+        /// The store's directory.
+        path: PathBuf,
+        /// [`crate::StoreOptions::quota_bytes`].
+        limit: u64,
+        /// What is taken, in bytes, with what is reserved.
+        used: u64,
+    },
+    /// A layer's table of contents is not in the store, so that nothing says what its content must be.
+    #[error("{} has no table of contents that can be read; it can be checked when its image was opened again", path.display())]
+    NoTableOfContents {
+        /// The layer's directory.
+        path: PathBuf,
+    },
     /// A layer's files need to be made anew, and another process has them open.
     #[error("{} is damaged or of another version of Loris, and in use by another process; end that one first", path.display())]
     InUse {
@@ -291,8 +354,13 @@ impl StoreError {
     /// Says whether the disk is full or the quota used up.
     #[must_use]
     pub fn is_no_space(&self) -> bool {
-        matches!(self, Self::File { source, .. }
-            if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+        match self {
+            Self::File { source, .. } => {
+                matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+            }
+            Self::Quota { .. } => true,
+            _ => false,
+        }
     }
 
     pub(crate) fn file(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {

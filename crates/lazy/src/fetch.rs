@@ -3,7 +3,10 @@
 //! A *flight* is a frame on its way. Each frame has at most one; whoever wants the frame waits for it. The task that
 //! brings it holds the *ticket*, and belongs to the layer: it ends whether or not someone still waits.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
 
 use bytes::Bytes;
 use loris_format::{
@@ -16,7 +19,9 @@ use tokio::sync::watch;
 use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
-    plan::fetched_range,
+    plan::{FetchPolicy, Request, fetched_range, plan},
+    rest::{self, Records},
+    schedule::{Claim, Turn},
 };
 
 /// What became of a frame.
@@ -69,20 +74,71 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`.
-    pub(crate) async fn run(mut self, range: BlobRange) {
+    /// Brings all frames, which lie in `range`: out of other layers of the store, and from the source what is in none.
+    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, mut turn: Option<Turn>) {
+        let (layer, frames) = (Arc::clone(&self.layer), self.frames());
+        let filling = tokio::task::spawn_blocking(move || layer.fill_from_store(&frames));
+        let room = match filling.await {
+            Ok(Ok(room)) => Arc::new(room),
+            Ok(Err(error)) => return self.fail(&error),
+            // The waiters are told by `drop`.
+            Err(_) => return,
+        };
         let layer = Arc::clone(&self.layer);
-        let place = layer.gates.request().await;
-        // Frames are decoded one after the other: what is held is the request and the largest of them.
-        let frames = layer.index.frames();
-        let decoded = self.tickets.iter().map(|ticket| frames[ticket.frame.0 as usize].decoded_length).max();
-        let memory = layer.gates.memory(range.length.saturating_add(decoded.unwrap_or(0))).await;
+        for (range, flights) in self.without_whole(range) {
+            let (room, turn) = (Arc::clone(&room), turn.take());
+            let claim = layer.claim(&flights.frames(), claim.urgency);
+            tokio::spawn(async move {
+                flights.bring(range, claim, turn).await;
+                drop(room);
+            });
+        }
+        layer.prove_when_whole();
+    }
+
+    fn frames(&self) -> Vec<FrameId> {
+        self.tickets.iter().map(|ticket| ticket.frame).collect()
+    }
+
+    /// Ends the flights of frames that are here, and returns requests for the rest.
+    fn without_whole(mut self, range: BlobRange) -> Vec<(BlobRange, Self)> {
+        let mut left = VecDeque::new();
+        let all = self.tickets.len();
+        while let Some(ticket) = self.tickets.front() {
+            if self.layer.has_frame(ticket.frame) {
+                self.arrive(Ok(Arc::new(Landed { refused: Vec::new() })));
+            } else {
+                left.extend(self.tickets.pop_front());
+            }
+        }
+        self.tickets = left;
+        if self.tickets.len() == all {
+            return vec![(range, self)];
+        }
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy };
+        let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
+        let part = |request: Request| {
+            let tickets = self.tickets.drain(..request.frames.len()).collect();
+            (request.range, Self::new(Arc::clone(&self.layer), tickets))
+        };
+        requests.into_iter().map(part).collect()
+    }
+
+    /// Fetches all frames, which lie in `range`, when their turn has come.
+    async fn bring(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
+        let layer = Arc::clone(&self.layer);
+        let mut turn = match turn {
+            Some(mut turn) => {
+                turn.resize(claim.bytes);
+                turn
+            }
+            None => layer.schedule.turn(claim).await,
+        };
         let fetched = layer.fetch(range).await;
-        // The link must not stand idle while this is decoded.
-        drop(place);
+        turn.landed();
         match fetched {
             Ok(bytes) => {
-                let decoding = layer.gates.decoder().await;
+                let decoding = layer.schedule.decoder(turn.urgency()).await;
                 let landing = tokio::task::spawn_blocking(move || {
                     self.land(range, &bytes);
                     drop(decoding);
@@ -92,7 +148,11 @@ impl Flights {
             }
             Err(error) => self.fail(&error),
         }
-        drop(memory);
+        drop(turn);
+        layer.prove_when_whole();
+        if let Some(link) = layer.source.link() {
+            layer.schedule.note_round_trip(link.round_trip);
+        }
         if layer.cache.take_sync_wanted()
             && let Err(error) = layer.sync().await
         {
@@ -101,14 +161,21 @@ impl Flights {
     }
 
     fn land(&mut self, range: BlobRange, bytes: &Bytes) {
+        let _landing = Landing::begin(&self.layer);
         let mut decoder = FrameDecoder::new();
+        let mut rest = self.layer.verdict().is_none().then(Records::new);
         while let Some(ticket) = self.tickets.front() {
-            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes);
+            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes, rest.as_mut());
             if let Err(error) = &outcome {
                 Counters::add(&self.layer.counters.errors, 1);
                 tracing::error!(%error, "fetched and not kept");
             }
             self.arrive(outcome);
+        }
+        if let Some(rest) = rest
+            && let Err(error) = rest.write(self.layer.directory())
+        {
+            tracing::debug!(%error, "what the proof of a layer needs will be fetched again");
         }
     }
 
@@ -129,6 +196,22 @@ impl Flights {
     }
 }
 
+/// A request that is being decoded.
+struct Landing(Arc<LazyLayer>);
+
+impl Landing {
+    fn begin(layer: &Arc<LazyLayer>) -> Self {
+        layer.landing.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(layer))
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.0.landing.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Drop for Flights {
     fn drop(&mut self) {
         let mut flights = self.layer.flights();
@@ -140,7 +223,7 @@ impl Drop for Flights {
 }
 
 impl LazyLayer {
-    async fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
+    pub(crate) async fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
         Counters::add(&self.counters.requests, 1);
         let bytes = self
             .source
@@ -155,7 +238,14 @@ impl LazyLayer {
     }
 
     /// Decodes a frame out of the bytes of a request, and publishes what is right of it. Blocks.
-    fn land(&self, decoder: &mut FrameDecoder, id: FrameId, request: BlobRange, bytes: &[u8]) -> Outcome {
+    fn land(
+        &self,
+        decoder: &mut FrameDecoder,
+        id: FrameId,
+        request: BlobRange,
+        bytes: &[u8],
+        rest: Option<&mut Records>,
+    ) -> Outcome {
         let frame = &self.index.frames()[id.0 as usize];
         let range = fetched_range(frame);
         let inside = usize::try_from(range.start.0 - request.start.0).ok().and_then(|start| {
@@ -166,8 +256,18 @@ impl LazyLayer {
             // The plan puts frames into requests that hold them.
             return Err(EnsureError::WrongLength { layer: self.digest, range, found: bytes.len() as u64 });
         };
-        let (decoded, fault) = self.decode(decoder, id, frame, compressed);
-        Counters::add(&self.counters.decoded_bytes, decoded.len() as u64);
+        let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
+        let all = rest
+            .as_ref()
+            .map(|_| decoder.decode_all(frame.codec, compressed, frame.decoded_length, most, &self.limits));
+        let (decoded, is_all, fault) = match all {
+            Some(Ok((decoded, is_all))) => (decoded, is_all && range == frame.range, None),
+            _ => {
+                let (decoded, fault) = self.decode(decoder, id, frame, compressed);
+                (decoded, false, fault)
+            }
+        };
+        Counters::add(&self.counters.decoded_bytes, frame.decoded_length.min(decoded.len() as u64));
 
         self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
         let mut right = Vec::new();
@@ -192,6 +292,12 @@ impl LazyLayer {
                 Some(_) => refused.push(self.mismatch(number)),
                 None => refused.push(self.undecoded(number, frame, fault.as_deref())),
             }
+        }
+        if is_all
+            && refused.is_empty()
+            && let Some(rest) = rest
+        {
+            rest.add(&self.index, id, &decoded);
         }
         self.cache.publish(right, right_bytes).map_err(|error| self.file_error(error))?;
         for refusal in &refused {

@@ -12,7 +12,9 @@
 //! boots again. After a power failure or a reboot only the durable bits count. Each set is written after what it speaks
 //! of, so that no bit is ever set for data that isn't there.
 //!
-//! Several processes may use the file at once: bits are merged into it under `flock`, never just overwritten.
+//! Several processes may use the file at once: bits are merged into it under `flock`, never just overwritten. A process
+//! that takes bits away (the data behind them was found to be wrong) counts that in the file, and the others see it the
+//! next time they look, a fraction of a second later.
 
 use std::{
     fs::File,
@@ -22,10 +24,12 @@ use std::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use loris_format::digest::Digest;
+
+use crate::disk;
 
 /// Bits of a word.
 const BITS: usize = 64;
@@ -33,6 +37,8 @@ const BITS: usize = 64;
 const SECTION: u64 = 4 << 10;
 /// Words are read and written together where fewer than this lie between them.
 const RUN_WORDS: usize = 64;
+/// How often we look whether another process has taken bits away, in milliseconds.
+const HEED_MS: u64 = 200;
 
 /// The first 4096 bytes of the file; integers are little-endian.
 ///
@@ -47,7 +53,8 @@ const RUN_WORDS: usize = 64;
 /// | 96..104 | inode number of the data file: one that was put in its place is not taken for it |
 /// | 104..120 | the boot in which the recent bits were written |
 /// | 120..152 | SHA-256 of bytes 0..120 |
-/// | 152..4096 | zeros |
+/// | 152..160 | how often bits were taken away; compared for being the same, so that no damage to it matters |
+/// | 160..4096 | zeros |
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
     pub(crate) blob: [u8; 32],
@@ -61,6 +68,7 @@ pub(crate) struct Header {
 const MAGIC: &[u8; 8] = b"LORISBIT";
 const VERSION: u64 = 1;
 const CHECKED: usize = 120;
+const FORGOTTEN_AT: u64 = 152;
 
 impl Header {
     fn to_bytes(self) -> Vec<u8> {
@@ -159,6 +167,11 @@ pub(crate) struct FilledMap {
     durable: Vec<AtomicU64>,
     extents: usize,
     count: AtomicUsize,
+    /// What the file counted when it was last looked at.
+    forgotten: AtomicU64,
+    opened: Instant,
+    /// When it was last looked at, in milliseconds after `opened`.
+    heeded_ms: AtomicU64,
     /// The lock is for whoever changes words or the file, so that the two agree.
     file: Mutex<File>,
 }
@@ -178,9 +191,10 @@ impl FilledMap {
         {
             let file = map.file();
             file.set_len(0)?;
-            file.write_all_at(&vec![0; usize::try_from(2 * map.set_bytes()).unwrap_or(usize::MAX)], SECTION)?;
+            let zeros = vec![0; usize::try_from(2 * map.set_bytes()).unwrap_or(usize::MAX)];
+            disk::write_all_at(&file, &zeros, SECTION)?;
             // Last: what was cut off before here is no bitmap.
-            file.write_all_at(&header.to_bytes(), 0)?;
+            disk::write_all_at(&file, &header.to_bytes(), 0)?;
         }
         Ok(map)
     }
@@ -195,7 +209,16 @@ impl FilledMap {
     fn empty(file: File, header: &Header) -> io::Result<Self> {
         let extents = usize::try_from(header.extents).map_err(io::Error::other)?;
         let words = || (0..extents.div_ceil(BITS)).map(|_| AtomicU64::new(0)).collect();
-        Ok(Self { words: words(), durable: words(), extents, count: AtomicUsize::new(0), file: Mutex::new(file) })
+        Ok(Self {
+            words: words(),
+            durable: words(),
+            extents,
+            count: AtomicUsize::new(0),
+            forgotten: AtomicU64::new(0),
+            opened: Instant::now(),
+            heeded_ms: AtomicU64::new(0),
+            file: Mutex::new(file),
+        })
     }
 
     fn read_from_file(&self, expected: &Header, alone: bool) -> io::Result<bool> {
@@ -210,6 +233,7 @@ impl FilledMap {
         else {
             return Ok(false);
         };
+        self.forgotten.store(read_forgotten(&file)?, Ordering::Relaxed);
         let durable = self.read_words(&file, Set::Durable, 0..self.words.len())?;
         for (word, bits) in self.durable.iter().zip(&durable) {
             word.store(*bits, Ordering::Relaxed);
@@ -226,8 +250,9 @@ impl FilledMap {
         }
         // The recent bits speak of a page cache that is gone. They must be off the disk before the header calls them ours.
         self.write_words(&file, Set::Recent, 0, &durable)?;
-        file.sync_data()?;
-        file.write_all_at(&expected.to_bytes(), 0)?;
+        disk::sync_data(&file)?;
+        disk::write_all_at(&file, &expected.to_bytes(), 0)?;
+        self.forgotten.store(0, Ordering::Relaxed);
         for (number, bits) in durable.iter().enumerate() {
             self.set(number, *bits);
         }
@@ -283,14 +308,49 @@ impl FilledMap {
         Ok(())
     }
 
-    /// Clears bits whose data turned out to be gone.
+    /// Clears bits whose data turned out to be gone or wrong, also for other processes that use the file.
     pub(crate) fn forget(&self, extents: impl IntoIterator<Item = usize>) -> io::Result<()> {
         let file = self.file();
         let cleared = by_word(extents);
         for &(number, bits) in &cleared {
             self.clear(number, bits);
         }
-        self.erase(&file, &cleared)
+        self.erase(&file, &cleared)?;
+        // Durable bits of wrong data must not come back with the next boot.
+        disk::sync_data(&file)
+    }
+
+    /// Gives up bits that another process has taken away. Looks into the file now and then, and never waits for whoever is
+    /// at it. Says whether any went.
+    pub(crate) fn heed(&self) -> io::Result<bool> {
+        let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
+        if now.saturating_sub(self.heeded_ms.load(Ordering::Relaxed)) < HEED_MS {
+            return Ok(false);
+        }
+        let Ok(file) = self.file.try_lock() else { return Ok(false) };
+        self.heeded_ms.store(now, Ordering::Relaxed);
+        self.heed_in(&file)
+    }
+
+    fn heed_in(&self, file: &File) -> io::Result<bool> {
+        let forgotten = read_forgotten(file)?;
+        if forgotten == self.forgotten.load(Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let all = 0..self.words.len();
+        let durable = self.read_words(file, Set::Durable, all.clone())?;
+        let recent = self.read_words(file, Set::Recent, all)?;
+        let mut any = false;
+        for (number, kept) in durable.iter().zip(&recent).map(|(durable, recent)| durable | recent).enumerate() {
+            // Whatever is set here was set in the file first.
+            let gone = self.words[number].load(Ordering::Acquire) & !kept;
+            if gone != 0 {
+                self.clear(number, gone);
+                any = true;
+            }
+        }
+        self.forgotten.store(forgotten, Ordering::Relaxed);
+        Ok(any)
     }
 
     /// Returns the bits that are set and not yet durable, to be handed to [`FilledMap::make_durable`] once the data was
@@ -311,7 +371,8 @@ impl FilledMap {
         let file = self.file();
         {
             let _merging = Merging::begin(&file);
-            // Less what was forgotten since.
+            self.heed_in(&file)?;
+            // Less what was forgotten since, here or elsewhere.
             let synced: Vec<_> = synced
                 .0
                 .iter()
@@ -324,7 +385,7 @@ impl FilledMap {
         // Not under the lock: a slow disk must hold up nobody who publishes.
         let copy = file.try_clone()?;
         drop(file);
-        copy.sync_data()
+        disk::sync_data(&copy)
     }
 
     /// Clears bits whose data could not be synced: it may be gone from the page cache without having reached the disk.
@@ -356,6 +417,7 @@ impl FilledMap {
 
     fn erase(&self, file: &File, cleared: &[(usize, u64)]) -> io::Result<()> {
         let _merging = Merging::begin(file);
+        self.heed_in(file)?;
         for set in [Set::Recent, Set::Durable] {
             for run in runs(cleared) {
                 let first = run[0].0;
@@ -366,6 +428,10 @@ impl FilledMap {
                 self.write_words(file, set, first, &bits)?;
             }
         }
+        // Last: whoever sees the count sees the bits.
+        let forgotten = self.forgotten.load(Ordering::Relaxed).wrapping_add(1);
+        disk::write_all_at(file, &forgotten.to_le_bytes(), FORGOTTEN_AT)?;
+        self.forgotten.store(forgotten, Ordering::Relaxed);
         Ok(())
     }
 
@@ -405,7 +471,68 @@ impl FilledMap {
 
     fn write_words(&self, file: &File, set: Set, first: usize, words: &[u64]) -> io::Result<()> {
         let bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        file.write_all_at(&bytes, self.place(set, first))
+        disk::write_all_at(file, &bytes, self.place(set, first))
+    }
+}
+
+fn read_forgotten(file: &File) -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    file.read_exact_at(&mut bytes, FORGOTTEN_AT)?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+/// The bitmap of a layer that this process has not opened: for who looks for content elsewhere, and for who counts.
+#[derive(Debug)]
+pub(crate) struct Glimpse {
+    file: File,
+    extents: u64,
+    set_start: u64,
+}
+
+impl Glimpse {
+    /// Reads no more than the header; `None` where it is no bitmap that counts.
+    pub(crate) fn new(file: File) -> Option<Self> {
+        let mut bytes = [0; CHECKED + 32];
+        file.read_exact_at(&mut bytes, 0).ok()?;
+        let header = Header::from_bytes(&bytes)?;
+        let set_bytes = header.extents.div_ceil(64).checked_mul(8)?.checked_next_multiple_of(SECTION)?;
+        if file.metadata().ok()?.len() != set_bytes.checked_mul(2)?.checked_add(SECTION)? {
+            return None;
+        }
+        let set_start = if header.boot.is_same(BootId::current()) { SECTION + set_bytes } else { SECTION };
+        Some(Self { file, extents: header.extents, set_start })
+    }
+
+    /// Returns the number of bits.
+    pub(crate) fn extents(&self) -> u64 {
+        self.extents
+    }
+
+    /// Says whether a bit is set, in the file, now.
+    pub(crate) fn contains(&self, extent: u64) -> bool {
+        let mut byte = [0];
+        extent < self.extents
+            && self.file.read_exact_at(&mut byte, self.set_start + extent / 8).is_ok()
+            && byte[0] & (1 << (extent % 8)) != 0
+    }
+
+    /// Counts the bits that are set, in the file, now.
+    pub(crate) fn count(&self) -> u64 {
+        let mut left = self.extents.div_ceil(64) * 8;
+        let mut at = self.set_start;
+        let mut buffer = [0; 4096];
+        let mut count = 0;
+        while left > 0 {
+            let part = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            if self.file.read_exact_at(&mut buffer[..part], at).is_err() {
+                break;
+            }
+            count += buffer[..part].iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
+            at += part as u64;
+            left -= part as u64;
+        }
+        // Bits behind the last one are never set by us.
+        count.min(self.extents)
     }
 }
 
@@ -578,6 +705,58 @@ mod tests {
         one.refresh([9]).unwrap();
         assert_eq!(set(&one), [1, 2]);
         assert_eq!(set(&load(&path, &header(64, 1), false).unwrap()), [1, 2]);
+    }
+
+    #[test]
+    fn what_one_takes_away_the_other_gives_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("filled");
+        let file = File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+        let one = FilledMap::create(file, &header(200, 1)).unwrap();
+        let two = load(&path, &header(200, 1), false).unwrap();
+        one.publish([1, 100, 150]).unwrap();
+        two.refresh(0..200).unwrap();
+        two.publish([7]).unwrap();
+        let synced = two.volatile();
+        one.forget([100]).unwrap();
+        assert_eq!(set(&two), [1, 7, 100, 150]);
+        // Nor does it make durable what is gone.
+        two.make_durable(&synced).unwrap();
+        assert_eq!(set(&two), [1, 7, 150]);
+        assert_eq!(set(&load(&path, &header(200, 2), true).unwrap()), [1, 7, 150]);
+
+        let two = load(&path, &header(200, 2), false).unwrap();
+        let one = load(&path, &header(200, 2), false).unwrap();
+        one.forget([150]).unwrap();
+        two.heeded_ms.store(0, Ordering::Relaxed);
+        std::thread::sleep(Duration::from_millis(HEED_MS));
+        assert!(two.heed().unwrap());
+        assert_eq!(set(&two), [1, 7]);
+        assert!(!two.heed().unwrap());
+    }
+
+    #[test]
+    fn a_glimpse_sees_what_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("filled");
+        let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path).unwrap();
+        let this = Header { boot: BootId::current(), ..header(70_000, 0) };
+        let map = FilledMap::create(open(), &this).unwrap();
+        map.publish([3, 69_999]).unwrap();
+        map.make_durable(&map.volatile()).unwrap();
+        map.publish([40_000]).unwrap();
+        let seen = |glimpse: &Glimpse| (0..80_000).filter(|&extent| glimpse.contains(extent)).collect::<Vec<_>>();
+        let glimpse = Glimpse::new(open()).unwrap();
+        assert_eq!(seen(&glimpse), [3, 40_000, 69_999]);
+        assert_eq!((glimpse.count(), glimpse.extents()), (3, 70_000));
+        // Of another boot.
+        open().write_all_at(&Header { boot: BootId([9; 16]), ..this }.to_bytes(), 0).unwrap();
+        let glimpse = Glimpse::new(open()).unwrap();
+        assert_eq!((seen(&glimpse), glimpse.count()), (vec![3, 69_999], 2));
+        open().set_len(5000).unwrap();
+        assert!(Glimpse::new(open()).is_none());
+        open().set_len(0).unwrap();
+        assert!(Glimpse::new(open()).is_none());
     }
 
     #[test]

@@ -7,32 +7,37 @@ use std::{
     os::unix::fs::FileExt as _,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use loris_format::{
-    digest::Digest,
+    digest::{DiffId, Digest},
     estargz::open::Opened,
     index::{Extent, FrameId, LayerIndex, NodeId, NodeKind},
     limits::Limits,
     position::{DataOffset, DataRange, FileOffset},
 };
-use loris_oci::{Descriptor, ImageSource};
+use loris_oci::{Descriptor, ImageSource, link::Link};
+use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed},
-    gates::Gates,
-    plan::{FetchPolicy, fetched_range, plan},
+    plan::{FetchPolicy, fetched_range, plan, windows},
+    proof::{Verdict, is_another, other_diff_id, prove},
+    schedule::{Claim, Schedule, Turn, Urgency},
+    sequence::Sequences,
 };
 
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Between attempts of a proof that needs a source which is away. Headers of the tar may be missing, never content.
+const PROOF_PAUSE_SECONDS: [u64; 3] = [1, 2, 4];
 
 /// A layer: its index, where its blob is, and the local data file that holds what was needed so far.
 ///
@@ -48,11 +53,27 @@ pub struct LazyLayer {
     pub(crate) vouched: bool,
     pub(crate) cache: Arc<LayerCache>,
     pub(crate) source: Arc<dyn ImageSource>,
-    pub(crate) gates: Arc<Gates>,
+    pub(crate) schedule: Arc<Schedule>,
     pub(crate) policy: FetchPolicy,
     pub(crate) limits: Limits,
     pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
+    pub(crate) sequences: Mutex<Sequences>,
+    /// The DiffID that the image's configuration has for the layer, where that was read.
+    pub(crate) claimed: OnceLock<DiffId>,
+    pub(crate) verdict: watch::Sender<Option<Verdict>>,
+    /// Requests that are being decoded: what the proof needs is written after what readers wait for.
+    pub(crate) landing: AtomicUsize,
+    /// Whether somebody is finding out.
+    pub(crate) proving: AtomicBool,
     pub(crate) counters: Counters,
+}
+
+/// By what right frames are fetched.
+enum Admission {
+    /// Somebody waits for them: they take their turns.
+    Demanded,
+    /// The turn of one request has come.
+    Granted(Turn),
 }
 
 /// What a layer did since it was opened, and what it has.
@@ -62,6 +83,8 @@ pub struct LayerStatistics {
     pub fetched_bytes: u64,
     /// Requests to the source, failed ones included.
     pub requests: u64,
+    /// Bytes of content that came from other layers of the store.
+    pub copied_bytes: u64,
     /// Bytes that frames decoded to.
     pub decoded_bytes: u64,
     /// Extents that are in the data file, also from earlier.
@@ -78,6 +101,7 @@ pub struct LayerStatistics {
 pub(crate) struct Counters {
     pub(crate) fetched_bytes: AtomicU64,
     pub(crate) requests: AtomicU64,
+    pub(crate) copied_bytes: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
     pub(crate) waits: AtomicU64,
     pub(crate) errors: AtomicU64,
@@ -140,16 +164,103 @@ impl LazyLayer {
         self.cache.layout()
     }
 
-    /// Says whether a range of the data file is there. Takes no lock. Padding between files is always there.
+    /// Says whether a range of the data file is there and may be read. Takes no lock but where the layer is whole.
+    /// Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {
-        self.cache.filled().contains_all(self.index.extents_in(range))
+        self.cache.has(self.index.extents_in(range)) && !(self.is_whole() && self.is_condemned())
     }
 
-    /// Says whether everything is there: the source is not needed any more.
+    /// Says whether every extent is there.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.cache.is_complete()
+    }
+
+    /// Says whether everything is there and nothing was found wrong with it: neither the source nor we are needed any
+    /// more.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.cache.filled().count() == self.index.extents().len()
+        self.is_whole() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
+    }
+
+    /// Returns what was found out about the layer once it was whole; `None` before.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.verdict.borrow().clone()
+    }
+
+    /// Returns the DiffID that the image's configuration has for the layer, where it is known.
+    #[must_use]
+    pub fn claimed(&self) -> Option<&DiffId> {
+        self.claimed.get()
+    }
+
+    fn is_condemned(&self) -> bool {
+        matches!(&*self.verdict.borrow(), Some(Verdict::Condemned(_)))
+    }
+
+    fn check_verdict(&self) -> Result<(), EnsureError> {
+        match &*self.verdict.borrow() {
+            Some(Verdict::Condemned(reason)) => {
+                Err(EnsureError::Condemned { layer: self.digest, reason: reason.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes in a DiffID that the image claims. An image that claims another than was found is served nothing.
+    pub(crate) fn claim_diff_id(&self, claimed: &DiffId) {
+        let _ = self.claimed.set(*claimed);
+        let verdict = self.verdict();
+        if let Some(Verdict::Sound(found)) = verdict {
+            self.pronounce(Verdict::Sound(found));
+        }
+    }
+
+    /// Takes in what was found out.
+    fn pronounce(&self, verdict: Verdict) {
+        let verdict = match (verdict, self.claimed()) {
+            (Verdict::Sound(found), Some(claimed)) if is_another(claimed, &found) => {
+                Verdict::Condemned(other_diff_id(&found.0, &claimed.0))
+            }
+            (verdict, _) => verdict,
+        };
+        if let Verdict::Condemned(reason) = &verdict {
+            Counters::add(&self.counters.errors, 1);
+            tracing::error!(layer = %self.digest, source = %self.source.name(), %reason,
+                "the layer is not what it claims to be, and is not served any more");
+        }
+        self.verdict.send_replace(Some(verdict));
+    }
+
+    /// Begins to find out what the layer is, where it is whole and nobody has begun.
+    pub(crate) fn prove_when_whole(self: &Arc<Self>) {
+        if !self.is_whole()
+            || self.landing.load(Ordering::Acquire) > 0
+            || self.verdict.borrow().is_some()
+            || self.proving.swap(true, Ordering::AcqRel)
+        {
+            return;
+        }
+        let layer = Arc::clone(self);
+        tokio::spawn(async move {
+            for pause in PROOF_PAUSE_SECONDS {
+                let (proven, runtime) = (Arc::clone(&layer), Handle::current());
+                let proof = tokio::task::spawn_blocking(move || prove(&proven, &runtime)).await;
+                match proof.unwrap_or(Err(EnsureError::Interrupted { layer: layer.digest })) {
+                    Ok(verdict) => return layer.pronounce(verdict),
+                    // Found damaged, and forgotten: it will be whole another time.
+                    Err(EnsureError::Mismatch { .. }) => return layer.proving.store(false, Ordering::Release),
+                    Err(error) if error.is_transient() => {
+                        tracing::debug!(%error, "a layer can't be proven at the moment");
+                    }
+                    Err(error) => return layer.pronounce(Verdict::Unproven(error.to_string())),
+                }
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+            }
+            layer.pronounce(Verdict::Unproven("the source was away".to_owned()));
+        });
     }
 
     /// Fills a range of the data file: fetches what is missing, decodes and verifies it, writes it, publishes it. When it
@@ -165,27 +276,50 @@ impl LazyLayer {
     /// # Panics
     /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
     pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
+        self.check_verdict()?;
+        self.touched(&range, &Handle::current());
         let extents = self.index.extents_in(&range);
-        if self.cache.filled().contains_all(extents.clone()) {
+        if self.cache.has(extents.clone()) {
             return Ok(());
         }
-        let missing = || extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
+        let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
-        self.cache.refresh(missing()).map_err(|error| self.file_error(error))?;
-        let mut frames: Vec<FrameId> = missing().map(|extent| self.extent(extent).frame).collect();
-        frames.sort_unstable();
-        frames.dedup();
+        self.cache.refresh(missing).map_err(|error| self.file_error(error))?;
+        self.recheck(extents.clone()).await?;
+        let frames = self.missing_frames(extents.clone());
         if frames.is_empty() {
             return Ok(());
         }
         Counters::add(&self.counters.waits, 1);
-        for flight in self.take_off(&frames, &self.policy)? {
+        for flight in self.take_off(&frames)? {
             let landed = self.landing(flight).await?;
             if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
                 return Err(refusal.error.clone());
             }
         }
         Ok(())
+    }
+
+    /// Takes note that somebody reads a range of the data file, also where it is there already: where readers go on in
+    /// sequence, what lies ahead of them is fetched, on `runtime`. [`LazyLayer::ensure`] does it by itself.
+    pub fn touched(self: &Arc<Self>, range: &DataRange, runtime: &Handle) {
+        if self.policy.sequential_bytes == 0 || self.is_whole() {
+            return;
+        }
+        // Whoever finds it taken is not held up: the next read of the sequence tells as much.
+        let Ok(mut sequences) = self.sequences.try_lock() else { return };
+        let Some(ahead) = sequences.read(range, self.policy.sequential_bytes) else { return };
+        drop(sequences);
+        let frames = self.missing_frames(self.index.extents_in(&ahead));
+        for window in windows(self.index.frames(), &frames, self.policy.max_request_bytes) {
+            let layer = Arc::clone(self);
+            runtime.spawn(async move {
+                let turn = layer.schedule.turn(layer.claim(&window, Urgency::ReadAhead)).await;
+                if let Err(error) = layer.bring(&window, turn).await {
+                    tracing::debug!(%error, "nothing was read ahead");
+                }
+            });
+        }
     }
 
     /// Does what [`LazyLayer::ensure`] does, and tries again for as long as `patience` where the error is one that passes
@@ -212,9 +346,36 @@ impl LazyLayer {
         }
     }
 
-    /// Waits until everything is there. What other processes fill counts only once this one has heard of it.
-    pub async fn completed(&self) {
-        self.cache.completed().await;
+    /// Waits until everything is there and nothing was found wrong with it, which may be never. What other processes fill
+    /// counts only once this one has heard of it.
+    ///
+    /// # Panics
+    /// As [`LazyLayer::ensure`].
+    pub async fn completed(self: &Arc<Self>) {
+        loop {
+            self.cache.completed().await;
+            match self.proven().await {
+                Some(Verdict::Condemned(_)) => std::future::pending().await,
+                Some(_) => return,
+                // It was damaged, and is not whole any more.
+                None => tokio::time::sleep(FIRST_PAUSE).await,
+            }
+        }
+    }
+
+    /// Waits for what is found out about a layer that is whole; `None` where it is not.
+    pub(crate) async fn proven(self: &Arc<Self>) -> Option<Verdict> {
+        let mut verdict = self.verdict.subscribe();
+        loop {
+            if let Some(verdict) = verdict.borrow_and_update().clone() {
+                return Some(verdict);
+            }
+            if !self.is_whole() {
+                return None;
+            }
+            self.prove_when_whole();
+            let _ = tokio::time::timeout(LONGEST_PAUSE, verdict.changed()).await;
+        }
     }
 
     /// Checks that the data file is as long as it should be. Where someone has cut it, what is gone is forgotten, to be
@@ -316,6 +477,7 @@ impl LazyLayer {
         LayerStatistics {
             fetched_bytes: get(&self.counters.fetched_bytes),
             requests: get(&self.counters.requests),
+            copied_bytes: get(&self.counters.copied_bytes),
             decoded_bytes: get(&self.counters.decoded_bytes),
             extents_filled: self.cache.filled().count() as u64,
             extents_total: self.index.extents().len() as u64,
@@ -329,10 +491,67 @@ impl LazyLayer {
         self.cache.refresh(0..self.index.extents().len()).map_err(|error| self.file_error(error))
     }
 
-    /// Fills frames, whoever may want them. Returns the first error, after all have come down.
-    pub(crate) async fn fill(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<(), EnsureError> {
+    /// Returns the frames that hold what is missing of `extents`, sorted.
+    fn missing_frames(&self, extents: std::ops::Range<usize>) -> Vec<FrameId> {
+        let missing = extents.filter(|&extent| !self.cache.filled().contains(extent));
+        let mut frames: Vec<FrameId> = missing.map(|extent| self.extent(extent).frame).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
+    /// Says whether nothing is missing of a frame.
+    pub(crate) fn has_frame(&self, frame: FrameId) -> bool {
+        self.index.extents_of(frame).iter().all(|&extent| self.cache.filled().contains(extent as usize))
+    }
+
+    /// Returns what is known of the link to the source.
+    pub(crate) fn link(&self) -> Option<Link> {
+        self.source.link()
+    }
+
+    /// Waits for those of the first `count` frames that are on their way. Returns the first error, after all have come
+    /// down.
+    pub(crate) async fn landed(&self, count: usize) -> Result<(), EnsureError> {
+        let flights: Vec<Flight> = {
+            let flights = self.flights();
+            flights.iter().filter(|(frame, _)| (frame.0 as usize) < count).map(|(_, flight)| flight.clone()).collect()
+        };
         let mut result = Ok(());
-        for flight in self.take_off(frames, policy)? {
+        for flight in flights {
+            result = result.and(self.landing(flight).await.map(drop));
+        }
+        result
+    }
+
+    /// Returns what fetching frames (not none) will claim.
+    pub(crate) fn claim(&self, frames: &[FrameId], urgency: Urgency) -> Claim {
+        let parts = frames.iter().map(|frame| &self.index.frames()[frame.0 as usize]);
+        let fetched = parts.clone().map(|frame| fetched_range(frame).length).fold(0, u64::saturating_add);
+        // Frames are decoded one after the other: what is held is the request and the largest of them.
+        let decoded = parts.map(|frame| frame.decoded_length).max().unwrap_or(0);
+        Claim::new(urgency, fetched.saturating_add(decoded))
+    }
+
+    /// Fetches those of `frames` (sorted, without repetition) that are neither here nor on their way, for nobody who
+    /// waits. Returns the first error, after all have come down.
+    pub(crate) async fn bring(self: &Arc<Self>, frames: &[FrameId], turn: Turn) -> Result<(), EnsureError> {
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.policy.adapted(self.source.link()) };
+        let mut result = Ok(());
+        let wanted = {
+            let flights = self.flights();
+            let wanted = |&frame: &FrameId| !flights.contains_key(&frame) && !self.has_frame(frame);
+            let mut wanted: Vec<FrameId> = frames.iter().copied().filter(wanted).collect();
+            wanted.retain(|&frame| match self.check_size(frame) {
+                Ok(()) => true,
+                Err(error) => {
+                    result = Err(error);
+                    false
+                }
+            });
+            wanted
+        };
+        for flight in self.send(&wanted, &policy, Admission::Granted(turn)) {
             let outcome = self.landing(flight).await.and_then(|landed| match landed.refused.first() {
                 Some(refusal) => Err(refusal.error.clone()),
                 None => Ok(()),
@@ -342,14 +561,29 @@ impl LazyLayer {
         result
     }
 
-    /// Says whether nothing is missing of a frame.
-    pub(crate) fn has_frame(&self, frame: FrameId) -> bool {
-        self.index.extents_of(frame).iter().all(|&extent| self.cache.filled().contains(extent as usize))
+    /// Sends off what has to be fetched for `frames` (sorted, without repetition), for somebody who waits, and returns a
+    /// flight to wait for for each that is not here.
+    fn take_off(self: &Arc<Self>, frames: &[FrameId]) -> Result<VecDeque<Flight>, EnsureError> {
+        for &frame in frames {
+            self.check_size(frame)?;
+        }
+        let mut policy = self.policy.adapted(self.source.link());
+        if frames.last().is_some_and(|&last| self.is_inside_file(last)) {
+            // Whoever reads a large file in sequence is noticed; whoever does not, does not want what comes next.
+            policy.read_ahead_bytes = 0;
+        }
+        Ok(self.send(frames, &policy, Admission::Demanded))
     }
 
-    /// Sends off what has to be fetched for `frames` (sorted, without repetition), and returns a flight to wait for for
-    /// each that is not here.
-    fn take_off(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<VecDeque<Flight>, EnsureError> {
+    /// Says whether the file of a frame goes on in the next one.
+    fn is_inside_file(&self, frame: FrameId) -> bool {
+        let node = |extent: Option<&u32>| extent.map(|&extent| self.extent(extent as usize).node);
+        let next = FrameId(frame.0 + 1);
+        (next.0 as usize) < self.index.frames().len()
+            && node(self.index.extents_of(frame).last()) == node(self.index.extents_of(next).first())
+    }
+
+    fn send(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy, admission: Admission) -> VecDeque<Flight> {
         let mut awaited = VecDeque::new();
         let mut requests = Vec::new();
         {
@@ -360,7 +594,6 @@ impl LazyLayer {
                     awaited.push_back(flight.clone());
                 } else if !self.has_frame(frame) {
                     // Whoever lands a frame publishes it before it gives up its place, so that it can't be missed.
-                    self.check_size(frame)?;
                     wanted.push(frame);
                 }
             }
@@ -368,22 +601,29 @@ impl LazyLayer {
                 |frame| !flights.contains_key(&frame) && !self.has_frame(frame) && self.check_size(frame).is_ok();
             for request in plan(self.index.frames(), &wanted, fetchable, policy) {
                 let mut tickets = VecDeque::with_capacity(request.frames.len());
+                let mut is_wanted = false;
                 for &frame in &request.frames {
                     let (ticket, flight) = Flight::new(frame);
                     if wanted.binary_search(&frame).is_ok() {
                         awaited.push_back(flight.clone());
+                        is_wanted = true;
                     }
                     flights.insert(frame, flight);
                     tickets.push_back(ticket);
                 }
-                requests.push((request, tickets));
+                requests.push((request, tickets, is_wanted));
             }
         }
-        for (request, tickets) in requests {
+        let (urgency, mut turn) = match admission {
+            Admission::Demanded => (Urgency::Demand, None),
+            Admission::Granted(turn) => (turn.urgency(), Some(turn)),
+        };
+        for (request, tickets, is_wanted) in requests {
+            let claim = self.claim(&request.frames, if is_wanted { urgency } else { Urgency::ReadAhead });
             let flights = Flights::new(Arc::clone(self), tickets);
-            tokio::spawn(flights.run(request.range));
+            tokio::spawn(flights.run(request.range, claim, turn.take()));
         }
-        Ok(awaited)
+        awaited
     }
 
     async fn landing(&self, flight: Flight) -> Result<Arc<Landed>, EnsureError> {

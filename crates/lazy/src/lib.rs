@@ -7,9 +7,12 @@
 //!
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
 //! - [`derived`]: what is made out of layers and kept beside them.
+//! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
-//! - [`layer`]: [`LazyLayer`]. [`prefetch()`], [`complete()`]: reading ahead of anyone who asks.
-//! - [`plan`]: which bytes to ask for; pure, so that the policy can be replaced without touching anything else.
+//! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
+//! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
+//!   pure, so that the policy can be replaced without touching anything else.
 //!
 //! ```no_run
 //! # async fn example(
@@ -34,22 +37,37 @@
 //! that opens it), terminals.
 #![forbid(unsafe_code)]
 
+mod agreement;
 mod cache;
+mod content;
+mod digests;
+mod disk;
+mod eviction;
 mod fetch;
 mod filled;
-mod gates;
+mod quota;
+mod recheck;
 
+pub mod census;
 pub mod complete;
 pub mod derived;
 pub mod error;
 pub mod layer;
 pub mod open;
 pub mod plan;
+pub mod proof;
+mod rest;
+mod schedule;
+mod sequence;
 pub mod store;
 
-pub use complete::{complete, prefetch};
+pub use census::{StoredLayer, Totals};
+pub use complete::{Completion, complete, complete_all, prefetch};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
+pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;
+pub use proof::Verdict;
+pub use recheck::{Checked, Fault};
 pub use store::{Store, StoreOptions};

@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicUsize},
+    },
 };
 
 use bytes::Bytes;
@@ -26,12 +29,15 @@ use loris_oci::{
     Descriptor, ImageSource,
     document::{ImageConfig, Manifest},
 };
+use tokio::sync::watch;
 
 use crate::{
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
+    proof::Verdict,
+    schedule::Urgency,
     store::Store,
 };
 
@@ -123,7 +129,13 @@ pub async fn open_image(
 ) -> Result<OpenedImage, OpenError> {
     let (config, layers) =
         tokio::join!(open_config(&*source, manifest, options), open_layers(&source, manifest, store, options));
-    Ok(OpenedImage { layers, manifest: manifest.clone(), config: config? })
+    let config = config?;
+    for (opened, diff_id) in layers.iter().zip(&config.diff_ids) {
+        if let Ok(layer) = &opened.layer {
+            layer.claim_diff_id(diff_id);
+        }
+    }
+    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
 }
 
 async fn open_config(
@@ -337,15 +349,21 @@ impl LayerOpening {
         let store = self.store.clone();
         let work = move || -> Result<_, StoreError> {
             if fresh && vouched {
+                let _room = store.room(tail.saved_bytes())?;
                 tail.save(&directory)?;
             }
             let cache = store.layer(&directory, &layer, &index)?;
-            Ok((index, cache))
+            store.note_origin(&directory, &name);
+            let verdict = Verdict::load(cache.directory());
+            Ok((index, cache, verdict))
         };
-        let (index, cache) = tokio::task::spawn_blocking(work)
+        let (index, cache, verdict) = tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| LayerError::Interrupted { layer })?
             .map_err(|source| LayerError::Store { layer, source: Arc::new(source) })?;
+        if let Some(Verdict::Condemned(reason)) = verdict {
+            return Err(LayerError::Condemned { layer, reason });
+        }
         Ok(Arc::new(LazyLayer {
             digest: layer,
             descriptor: self.descriptor,
@@ -354,10 +372,15 @@ impl LayerOpening {
             vouched,
             cache,
             source: self.source,
-            gates: Arc::clone(self.store.gates()),
+            schedule: Arc::clone(self.store.schedule()),
             policy: self.options.policy,
             limits: self.options.limits,
             flights: Mutex::default(),
+            sequences: Mutex::default(),
+            claimed: OnceLock::new(),
+            verdict: watch::Sender::new(verdict),
+            landing: AtomicUsize::new(0),
+            proving: AtomicBool::new(false),
             counters: self.counters,
         }))
     }
@@ -375,7 +398,7 @@ impl LayerOpening {
     /// Does something that takes the processor, and memory for a whole table of contents: no more of them at once than
     /// there are processors.
     async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, LayerError> {
-        let place = self.store.gates().decoder().await;
+        let place = self.store.schedule().decoder(Urgency::Demand).await;
         let work = move || {
             let result = work();
             drop(place);

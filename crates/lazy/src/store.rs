@@ -3,7 +3,9 @@
 //! | path | content |
 //! |---|---|
 //! | `version` | one line, `loris layer store 1` |
-//! | `layers/BLOB/TOC/` | a layer, see [`crate::layer`]: `data`, `filled`, `toc`, `lock` |
+//! | `layers/BLOB/TOC/` | a layer, see [`crate::layer`]: `data`, `filled`, `toc`, `lock`, `origin`, `pinned` |
+//! | `digests` | where content is, by its digest |
+//! | `quota/` | what processes have reserved, where there is a quota |
 //!
 //! `BLOB` is the digest of the compressed blob and `TOC` that of its table of contents, both as `ALGORITHM-HEX`. Both are
 //! in the name because nobody checks a blob against its digest while it is read in pieces: an image that names another's
@@ -16,35 +18,47 @@ use std::{
     io::{self, Read as _, Write as _},
     os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, PoisonError, Weak},
 };
 
 use loris_format::{digest::Digest, index::LayerIndex};
 
 use crate::{
     cache::{LayerCache, NO_FOLLOW, create_private_directory},
+    census::Directories,
+    digests::{Digests, layer_key},
     error::StoreError,
-    gates::Gates,
+    quota::{Quota, Room},
+    schedule::Schedule,
 };
 
 /// The line in the file `version`. A newer Loris that can't be read by this one has another.
 const VERSION: &str = "loris layer store 1";
+
+/// The part of a quota that the index of content may have.
+const INDEX_PART: u64 = 8;
 
 /// How much a store's layers may do at once, all together.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreOptions {
     /// Most bytes of fetched and decoded frames in memory. A single frame that needs more is fetched alone.
     pub memory_bytes: u64,
-    /// Most requests under way. The source has its own bound for each host.
+    /// Most requests under way that somebody waits for. The source has its own bound for each host.
     pub requests: usize,
     /// Most frames being decoded: as many as there are processors.
     pub decoders: usize,
+    /// Most bytes of the disk that the store takes, of allocated blocks; no bound where it is not given. Kept by evicting
+    /// layers that nobody uses, the one that was not used for longest first. All processes of a store should have the
+    /// same: what those without it write is noticed within seconds, and not before it is written.
+    pub quota_bytes: Option<u64>,
+    /// Whether what the disk has is hashed again before its first use in this process.
+    pub paranoid: bool,
 }
 
 impl Default for StoreOptions {
     fn default() -> Self {
         let decoders = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { memory_bytes: 64 << 20, requests: 16, decoders }
+        Self { memory_bytes: 128 << 20, requests: 16, decoders, quota_bytes: None, paranoid: false }
     }
 }
 
@@ -57,11 +71,18 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    gates: Arc<Gates>,
+    schedule: Arc<Schedule>,
     /// What is open, so that two images with a layer in common have one bitmap of it.
     open: Mutex<HashMap<PathBuf, Slot>>,
     /// By device and inode number.
     adopted: Mutex<HashMap<(u64, u64), File>>,
+    digests: Digests,
+    /// How many layers are being noted there.
+    indexing: Mutex<usize>,
+    indexed: Condvar,
+    directories: Directories,
+    quota: Option<Arc<Quota>>,
+    paranoid: bool,
 }
 
 /// The lock of a slot is held while its layer is being opened, the lock of the map is not.
@@ -87,8 +108,20 @@ impl Store {
         let root = root.canonicalize().map_err(StoreError::file(root))?;
         check_owner(&root)?;
         check_version(&root)?;
-        let gates = Arc::new(Gates::new(options.memory_bytes, options.requests, options.decoders));
-        Ok(Self { inner: Arc::new(Inner { root, gates, open: Mutex::default(), adopted: Mutex::default() }) })
+        let schedule = Arc::new(Schedule::new(options.memory_bytes, options.requests, options.decoders));
+        let inner = Inner {
+            schedule,
+            open: Mutex::default(),
+            adopted: Mutex::default(),
+            digests: Digests::new(&root),
+            indexing: Mutex::default(),
+            indexed: Condvar::new(),
+            directories: Directories::new(&root),
+            quota: options.quota_bytes.map(|limit| Arc::new(Quota::new(&root, limit))),
+            paranoid: options.paranoid,
+            root,
+        };
+        Ok(Self { inner: Arc::new(inner) })
     }
 
     /// Returns the directory, as an absolute path.
@@ -119,8 +152,39 @@ impl Store {
         adopted.get(&(metadata.dev(), metadata.ino()))?.try_clone().ok()
     }
 
-    pub(crate) fn gates(&self) -> &Arc<Gates> {
-        &self.inner.gates
+    /// Returns the bound on the store's disk use, in bytes.
+    #[must_use]
+    pub fn quota_bytes(&self) -> Option<u64> {
+        self.inner.quota.as_ref().map(|quota| quota.limit())
+    }
+
+    pub(crate) fn is_paranoid(&self) -> bool {
+        self.inner.paranoid
+    }
+
+    pub(crate) fn digests(&self) -> &Digests {
+        &self.inner.digests
+    }
+
+    pub(crate) fn directories(&self) -> &Directories {
+        &self.inner.directories
+    }
+
+    /// Makes room on the disk for `bytes` that are about to be written, and keeps it until they are. Evicts what nobody
+    /// uses where the quota wants it. Blocks.
+    pub(crate) fn room(&self, bytes: u64) -> Result<Option<Room>, StoreError> {
+        self.inner.quota.as_ref().map(|quota| quota.take(bytes)).transpose()
+    }
+
+    /// Returns the layer in `directory`, where this process has it open.
+    pub(crate) fn opened_layer(&self, directory: &Path) -> Option<Arc<LayerCache>> {
+        let slot = Arc::clone(self.inner.open.lock().unwrap_or_else(PoisonError::into_inner).get(directory)?);
+        // Not waiting for one that is being opened.
+        slot.try_lock().ok()?.upgrade()
+    }
+
+    pub(crate) fn schedule(&self) -> &Arc<Schedule> {
+        &self.inner.schedule
     }
 
     /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.
@@ -149,9 +213,70 @@ impl Store {
         if let Some(cache) = slot.upgrade() {
             return Ok(cache);
         }
-        let cache = Arc::new(LayerCache::open(directory, blob, index, self.adopted(directory))?);
+        let cache = Arc::new(LayerCache::open(directory, blob, index, self.adopted(directory), self)?);
         *slot = Arc::downgrade(&cache);
+        self.index_content(&cache, index);
         Ok(cache)
+    }
+}
+
+impl Store {
+    /// Notes where the layer's content is, so that other layers find it: behind whoever opens the layer, where there is a
+    /// runtime to do it.
+    fn index_content(&self, cache: &LayerCache, index: &LayerIndex) {
+        let directory = cache.directory();
+        let key = layer_key(directory.strip_prefix(self.root()).unwrap_or(directory));
+        let layout = *cache.layout();
+        self.inner.directories.know(key, directory);
+        if self.inner.digests.has(key, &layout) {
+            return;
+        }
+        let extents = index.extents().iter().zip(0..);
+        let extents: Vec<_> =
+            extents.filter_map(|(extent, number)| Some((extent.digest?, extent.data.0, number))).collect();
+        let (store, indexing) = (self.clone(), Indexing::begin(&self.inner));
+        let work = move || {
+            // Content comes first: where there is a quota, the index has a small part of it.
+            let room = |bytes: u64| {
+                let is_small = store.quota_bytes().is_none_or(|quota| bytes <= quota / INDEX_PART);
+                is_small.then(|| store.room(bytes).ok()).flatten()
+            };
+            let alive = || store.inner.directories.keys();
+            if let Err(error) = store.inner.digests.add(key, &layout, extents.into_iter(), alive, room) {
+                // Others fetch it then.
+                tracing::debug!(%error, "the index of content could not be written");
+            }
+            drop(indexing);
+        };
+        match tokio::runtime::Handle::try_current() {
+            Ok(runtime) => drop(runtime.spawn_blocking(work)),
+            Err(_) => work(),
+        }
+    }
+
+    /// Waits until layers that are opened later find the content of all that were opened before. Blocks.
+    pub fn settle(&self) {
+        let mut count = self.inner.indexing.lock().unwrap_or_else(PoisonError::into_inner);
+        while *count > 0 {
+            count = self.inner.indexed.wait(count).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+/// A layer whose content is being noted.
+struct Indexing(Arc<Inner>);
+
+impl Indexing {
+    fn begin(inner: &Arc<Inner>) -> Self {
+        *inner.indexing.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        Self(Arc::clone(inner))
+    }
+}
+
+impl Drop for Indexing {
+    fn drop(&mut self) {
+        *self.0.indexing.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.indexed.notify_all();
     }
 }
 

@@ -529,7 +529,7 @@ fn event_file(descriptor: i32) -> Option<OwnedFd> {
 /// What a reader is told where content cannot be had.
 fn errno(error: &loris_lazy::EnsureError) -> Errno {
     match error {
-        loris_lazy::EnsureError::NoSpace { .. } => Errno::NOSPC,
+        error if error.is_no_space() => Errno::NOSPC,
         _ => Errno::IO,
     }
 }

@@ -7,6 +7,7 @@
 
 mod away;
 mod bad_input;
+mod cache;
 mod containerd;
 mod content;
 mod crash;

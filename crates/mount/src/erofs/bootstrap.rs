@@ -52,7 +52,8 @@ pub fn cached_bootstrap(store: &Store, layers: &[Arc<LazyLayer>], form: Form) ->
     let devices: Vec<u64> = layers.iter().map(|layer| layer.index().data_length()).collect();
     let failed =
         |reason: &dyn std::fmt::Display| MountError::Bootstrap { path: path.clone(), reason: reason.to_string() };
-    let mut file = store.begin_bootstrap(&key).map_err(|error| failed(&error))?;
+    let directories = layers.iter().map(|layer| layer.directory());
+    let mut file = store.begin_bootstrap(&key, directories).map_err(|error| failed(&error))?;
     let mut output = BufWriter::with_capacity(BUFFER_BYTES, file.file());
     write_bootstrap(&tree, &devices, identity(&key), &mut output).map_err(|error| failed(&error))?;
     output.flush().map_err(|error| failed(&error))?;

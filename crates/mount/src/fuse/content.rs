@@ -12,7 +12,7 @@ use loris_format::{
     position::{DataRange, FileOffset},
     tree::{InodeId, InodeKind, Tree},
 };
-use loris_lazy::{EnsureError, LazyLayer, ReadError};
+use loris_lazy::{LazyLayer, ReadError};
 use rustix::io::Errno;
 use tokio::{
     runtime::Handle,
@@ -196,7 +196,7 @@ fn name_in(tree: &Tree, directory: InodeId, inode: InodeId) -> Option<&[u8]> {
 /// bytes that are not what the manifest vouches for, is an input/output error.
 pub(super) fn errno(error: &ReadError) -> Errno {
     match error {
-        ReadError::Ensure(EnsureError::NoSpace { .. }) => Errno::NOSPC,
+        ReadError::Ensure(error) if error.is_no_space() => Errno::NOSPC,
         _ => Errno::IO,
     }
 }

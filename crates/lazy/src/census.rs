@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `origin` | names of the images that it was opened for, one a line, the last one first; at most [`ORIGINS`] |
 //! | `pinned` | nothing: that it is there is what counts |
-//! | `verdict` | one line: what a proof of the whole layer came to, where one was made |
+//! | `verdict` | what a proof of the whole layer came to, where one was made; see [`crate::proof`] |
 //!
 //! A layer is counted as in use while some process has its `lock` locked. A mount that needs no process any more, since
 //! all of its layers are complete, has none: its files go from the directory and stay on the disk until it is unmounted.
@@ -25,6 +25,7 @@ use crate::{
     digests::layer_key,
     error::StoreError,
     filled::Glimpse,
+    proof::Verdict,
     quota::allocated_below,
     store::Store,
 };
@@ -223,7 +224,7 @@ fn look(root: &Path, directory: &Path) -> Option<StoredLayer> {
         last_used,
         in_use,
         pinned: is_pinned(directory),
-        verdict: read_line(&directory.join("verdict")),
+        verdict: Verdict::load(directory).as_ref().map(Verdict::to_string),
     })
 }
 
@@ -247,10 +248,6 @@ fn allocated_in(directory: &Path) -> u64 {
 fn read_origins(directory: &Path) -> Vec<String> {
     let text = read_text(&directory.join("origin"));
     text.lines().filter(|line| !line.is_empty()).take(ORIGINS).map(str::to_owned).collect()
-}
-
-fn read_line(path: &Path) -> Option<String> {
-    read_text(path).lines().next().map(str::to_owned)
 }
 
 /// Reads a small file of ours; nothing where it can't be read.

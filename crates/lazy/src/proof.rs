@@ -58,6 +58,16 @@ pub enum Verdict {
     Condemned(String),
 }
 
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sound(diff_id) => write!(f, "sound {}", diff_id.0),
+            Self::Unproven(reason) => write!(f, "unproven: {reason}"),
+            Self::Condemned(reason) => write!(f, "condemned {reason}"),
+        }
+    }
+}
+
 impl Verdict {
     /// Reads the verdict of an earlier time. What can't be read is none: the layer is proven again.
     pub(crate) fn load(directory: &Path) -> Option<Self> {
@@ -76,15 +86,13 @@ impl Verdict {
 
     /// Saves it in one step; nothing where nothing was found out.
     fn save(&self, directory: &Path) -> Result<(), StoreError> {
-        let line = match self {
-            Self::Sound(diff_id) => format!("sound {}", diff_id.0),
-            Self::Condemned(reason) => format!("condemned {reason}"),
-            Self::Unproven(_) => return Ok(()),
-        };
+        if let Self::Unproven(_) = self {
+            return Ok(());
+        }
         let path = directory.join("verdict");
         let write = || {
             let mut file = tempfile::Builder::new().prefix(".verdict-").tempfile_in(directory)?;
-            write!(file, "{VERSION}\n{line}\n")?;
+            write!(file, "{VERSION}\n{self}\n")?;
             // Else a power failure might leave a name without content, and with it what was condemned be trusted again.
             file.as_file().sync_data()?;
             file.persist(&path).map_err(|error| error.error)

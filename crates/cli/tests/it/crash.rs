@@ -238,7 +238,7 @@ fn readers_outlast_a_registry_that_is_cut_off() {
             continue;
         }
         let at = scene.place.make(&format!("mnt-{engine}"));
-        let mut command = scene.place.loris("mount --read-timeout 2 --retries 1 --engine");
+        let mut command = scene.place.loris("mount --complete never --read-timeout 2 --retries 1 --engine");
         command.args([engine, "--cache-dir"]).arg(scene.place.join(&format!("cache-{engine}")));
         ok(command.arg(&scene.name).arg(&at));
         // Already while it is there, since what was waited for before it was made fails too.

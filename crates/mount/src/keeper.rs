@@ -249,14 +249,11 @@ impl Link {
     fn hand_over(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
         let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
         let (journal, number) = (kept.journal.memory(), u64::from(generation));
-        match kept.asks {
-            Asks::Events { group, inotify } => {
-                Message { kind: Kind::State, number }.send(&self.socket, &[group, journal, inotify, kept.register])?;
-            }
-            Asks::Requests { connection } => {
-                Message { kind: Kind::Devices, number }.send(&self.socket, &[connection, journal, kept.register])?;
-            }
-        }
+        let (kind, state) = match kept.asks {
+            Asks::Events { group, inotify } => (Kind::State, vec![group, journal, inotify, kept.register]),
+            Asks::Requests { connection } => (Kind::Devices, vec![connection, journal, kept.register]),
+        };
+        Message { kind, number }.send(&self.socket, &state)?;
         for (key, [data, lock]) in files {
             Message { kind: Kind::Keep, number: key }.send(&self.socket, &[data.as_fd(), lock.as_fd()])?;
         }

@@ -18,6 +18,8 @@
 //!
 //! [`rootfs::RootFs`] is the only place which chooses an engine.
 
+#![warn(clippy::disallowed_methods)]
+
 pub mod engine;
 pub mod erofs;
 mod error;

@@ -8,6 +8,7 @@ use std::{
     io,
     os::unix::ffi::{OsStrExt, OsStringExt},
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use rustix::{
@@ -17,6 +18,8 @@ use rustix::{
 
 use crate::{MOUNT_NAME, MountError, fuse::fusermount, loop_device, probe};
 
+/// How long a mount may be in use by chance.
+const FORKING: Duration = Duration::from_millis(40);
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
 /// One mount.
@@ -129,7 +132,15 @@ pub fn find(mountpoint: &Path) -> Result<Option<MountInfo>, MountError> {
 /// [`MountError::Unmount`] where the kernel refuses.
 pub fn unmount(mountpoint: &Path) -> Result<Unmounted, MountError> {
     let refused = |errno: Errno| MountError::Unmount { path: mountpoint.to_owned(), source: errno.into() };
-    match umount2(mountpoint, UnmountFlags::NOFOLLOW) {
+    // Between its fork and its new program, a process that somebody starts holds all files that are open in this one.
+    let end = Instant::now() + FORKING;
+    let unmounted = loop {
+        match umount2(mountpoint, UnmountFlags::NOFOLLOW) {
+            Err(Errno::BUSY) if Instant::now() < end => std::thread::sleep(FORKING / 8),
+            unmounted => break unmounted,
+        }
+    };
+    match unmounted {
         Ok(()) => Ok(Unmounted::Whole),
         Err(Errno::INVAL | Errno::NOENT) => Ok(Unmounted::Absent),
         Err(Errno::BUSY) => match umount2(mountpoint, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH) {

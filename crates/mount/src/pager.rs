@@ -32,7 +32,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use loris_lazy::LazyLayer;
@@ -76,6 +76,8 @@ const SPARE_DESCRIPTORS: u64 = 512;
 /// How long an event that this process brings about itself may take: longer where another process watches the file and is
 /// being replaced.
 const OWN_EVENT: Duration = Duration::from_secs(5);
+/// Between attempts to bring it about.
+const OWN_PAUSE: Duration = Duration::from_millis(10);
 /// Between attempts to bring a complete layer to the disk.
 const RETRY: Duration = Duration::from_secs(10);
 /// Threads that read events. An event of filled content costs each some microseconds.
@@ -386,12 +388,24 @@ impl Inner {
     fn fill_unasked(&self, layer: &Arc<LazyLayer>) -> io::Result<()> {
         let expected = self.files.expect(layer)?;
         let (data, end) = (layer.data_file().try_clone()?, layer.data_file().metadata()?.len());
-        // Whoever else watches the file is asked too, and may take its time.
+        // Whoever else watches the file is asked too, and may take its time; or refuse, before this group is asked, as a
+        // keeper does until the last user of a mount that was taken down has gone.
+        let done = Arc::new(AtomicBool::new(false));
+        let (is_done, deadline) = (Arc::clone(&done), Instant::now() + OWN_EVENT);
         std::thread::Builder::new().name("loris-asking".to_owned()).spawn(move || {
             let again = File::open(format!("/proc/self/fd/{}", data.as_raw_fd()))?;
-            again.read_at(&mut [0], end)
+            loop {
+                match again.read_at(&mut [0], end) {
+                    Err(_) if !is_done.load(Ordering::SeqCst) && Instant::now() < deadline => {
+                        std::thread::sleep(OWN_PAUSE);
+                    }
+                    result => return result,
+                }
+            }
         })?;
-        match expected.recv_timeout(OWN_EVENT) {
+        let received = expected.recv_timeout(OWN_EVENT);
+        done.store(true, Ordering::SeqCst);
+        match received {
             Ok(data) => layer.fill_through(data),
             Err(_) => {
                 self.files.take_expected(identity(layer.data_file())?);

@@ -122,7 +122,7 @@ fn a_read_that_waits_holds_up_no_other() {
     scene.in_mid_read(Effect::Stall(0, Duration::from_secs(3600)));
     // It waits for longer than the test may take. The scene's own cache has the file.
     let fresh = Place::new();
-    let mounted = fresh.try_mount_with("mount --stall-timeout 3600", &scene.image);
+    let mounted = fresh.try_mount_with("mount --complete never --stall-timeout 3600", &scene.image);
     let mounted = mounted.unwrap_or_else(|ran| panic!("{ran}"));
     let asked = |scene: &Scene| scene.registry.requests().iter().filter(|it| it.path.contains(&scene.layer)).count();
     let before = asked(&scene);

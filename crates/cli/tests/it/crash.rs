@@ -8,6 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use loris_testkit::registry::{Effect, Fault, FaultRegistry};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::{
@@ -88,6 +89,7 @@ impl Scene {
                 .arg(&self.truth)
                 .arg(seed.to_string())
                 .arg(&stop)
+                .arg(self.lenient())
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
@@ -100,6 +102,11 @@ impl Scene {
             assert_eq!(&said, b"reading\n");
         }
         Readers { children, stop }
+    }
+
+    /// While it is there, reads may fail.
+    fn lenient(&self) -> PathBuf {
+        self.place.join("lenient")
     }
 
     /// Everything, once more, from beginning to end.
@@ -211,6 +218,55 @@ fn readers_do_not_notice_that_the_daemon_is_killed() {
         if can_resend(test) && works(test, &scene.place, engine) {
             kill_daemons(&scene, engine, 1);
         }
+    }
+}
+
+/// A registry that is away in the midst of it, while the daemon is killed again and again: what is here is read, what is
+/// not fails when it was waited for long enough, and is had when the registry is back.
+#[test]
+fn readers_outlast_a_registry_that_is_cut_off() {
+    let test = "readers_outlast_a_registry_that_is_cut_off";
+    let Some(mut scene) = Scene::new(test) else { return };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    // It runs on threads of its own.
+    let registry = runtime.block_on(FaultRegistry::start());
+    let reference = registry.reference("t");
+    ok(scene.place.loris("push --quiet").arg(scene.name.strip_prefix("oci:").unwrap()).arg(&reference));
+    scene.name = reference;
+    for engine in ["fanotify", "erofs-fuse"] {
+        if !works(test, &scene.place, engine) || (engine != "fanotify" && !can_resend(test)) {
+            continue;
+        }
+        let at = scene.place.make(&format!("mnt-{engine}"));
+        let mut command = scene.place.loris("mount --complete never --read-timeout 2 --retries 1 --engine");
+        command.args([engine, "--cache-dir"]).arg(scene.place.join(&format!("cache-{engine}")));
+        ok(command.arg(&scene.name).arg(&at));
+        // Already while it is there, since what was waited for before it was made fails too.
+        let met = scene.lenient().with_extension("met");
+        fs::write(scene.lenient(), "").unwrap();
+        let readers = scene.readers(&at);
+        kill(&at, false, 1, 21);
+        registry.fault(Fault::new(Effect::Status(503)).method("GET").path("/blobs/").always());
+        kill(&at, false, 4, 22);
+        let end = Instant::now() + LIMIT;
+        while !met.exists() {
+            assert!(Instant::now() < end, "{engine}: nothing fails though the registry is away");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        registry.end_faults();
+        // All of it, with patience for what has just been given up.
+        let end = Instant::now() + LIMIT;
+        let mut diff = Command::new("diff");
+        diff.args(["-r", "--no-dereference", "-x", "dev"]).arg(&scene.truth).arg(&at);
+        while !crate::harness::run(&mut diff).status.success() {
+            assert!(Instant::now() < end, "{engine}: the registry is back, and reads still fail");
+        }
+        fs::remove_file(scene.lenient()).unwrap();
+        fs::remove_file(&met).unwrap();
+        kill(&at, false, 2, 23);
+        readers.finish();
+        scene.compare_all(&at);
+        scene.unmount(&at);
     }
 }
 

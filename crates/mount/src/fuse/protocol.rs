@@ -125,6 +125,10 @@ impl Filesystem for Protocol {
 
     fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
         let tree = &self.served.tree;
+        // The kernel's own bound is longer for FUSE than for other file systems.
+        if name.len() > NAME_BYTES as usize {
+            return reply.error(Errno::ENAMETOOLONG);
+        }
         let found = match name.as_bytes() {
             // Only asked where a handle is resolved (FUSE_EXPORT_SUPPORT).
             b"." => Some(InodeId(parent.0)),

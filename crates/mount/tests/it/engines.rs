@@ -120,15 +120,62 @@ fn direct(path: &Path) -> io::Result<Vec<u8>> {
     Ok(aligned[..count].to_vec())
 }
 
+/// Several reads at a time, by the kernel's own queues.
+fn queued(path: &Path) -> io::Result<Vec<u8>> {
+    const PIECE: usize = 10_000;
+    let open = File::open(path)?;
+    let length = usize::try_from(open.metadata()?.len()).unwrap();
+    let mut content = vec![0; length];
+    let mut ring = io_uring::IoUring::new(64)?;
+    let mut pieces: Vec<(usize, &mut [u8])> = content.chunks_mut(PIECE).enumerate().collect();
+    let mut left = 0;
+    for (number, piece) in &mut pieces {
+        let (start, length) = (piece.as_mut_ptr(), u32::try_from(piece.len()).unwrap());
+        let read = io_uring::opcode::Read::new(io_uring::types::Fd(open.as_raw_fd()), start, length)
+            .offset((*number * PIECE) as u64)
+            .build()
+            .user_data(*number as u64);
+        // SAFETY: file and buffer live until all reads have ended, which is waited for below.
+        unsafe { ring.submission().push(&read) }.unwrap();
+        left += 1;
+    }
+    let mut results = vec![0; left];
+    while left > 0 {
+        ring.submit_and_wait(1)?;
+        for entry in ring.completion() {
+            results[usize::try_from(entry.user_data()).unwrap()] = entry.result();
+            left -= 1;
+        }
+    }
+    for ((_, piece), result) in pieces.iter().zip(results) {
+        match usize::try_from(result) {
+            Ok(count) => assert_eq!(count, piece.len(), "a short read"),
+            Err(_) => return Err(io::Error::from_raw_os_error(-result)),
+        }
+    }
+    Ok(content)
+}
+
+/// Whether this machine lets this process have queues; says so where not.
+fn can_queue(test: &str) -> bool {
+    let ring = io_uring::IoUring::new(1);
+    if let Err(error) = &ring {
+        loris_testkit::skip(test, &format!("io_uring ({error})"));
+    }
+    ring.is_ok()
+}
+
 #[test]
 fn files_are_read_in_every_way() {
-    const WAYS: [(&str, Way); 7] = [
+    let test = "files_are_read_in_every_way";
+    const WAYS: [(&str, Way); 8] = [
         ("read", |path| fs::read(path)),
         ("mapped, shared", |path| mapped(path, libc::MAP_SHARED)),
         ("mapped, private", |path| mapped(path, libc::MAP_PRIVATE)),
         ("sendfile", sent),
         ("splice", spliced),
         ("O_DIRECT", direct),
+        ("io_uring", queued),
         ("copy_file_range", |path| {
             let target = tempfile::NamedTempFile::new()?;
             fs::copy(path, target.path())?;
@@ -136,9 +183,10 @@ fn files_are_read_in_every_way() {
         }),
     ];
     let sizes = [1, 4096, 4097, CHUNK + 5, 300_001];
-    for engine in engines("files_are_read_in_every_way") {
+    let can_queue = can_queue(test);
+    for engine in engines(test) {
         // An image for each, so that every way meets content that is not here; the second time it is.
-        for (name, way) in WAYS {
+        for (name, way) in WAYS.into_iter().filter(|(name, _)| can_queue || *name != "io_uring") {
             let entries = sizes.iter().map(|&size| file(format!("{size}"), noise(size as u64, size))).collect();
             let image = TestImage::new(&[entries]);
             let mountpoint = image.mountpoint("mounted");
@@ -147,7 +195,7 @@ fn files_are_read_in_every_way() {
                 for size in sizes {
                     let content = match way(&mountpoint.join(size.to_string())) {
                         // EROFS over plain files has no direct reads, as little as tmpfs once had.
-                        Err(error) if name == "O_DIRECT" && engine != Engine::Fuse => {
+                        Err(error) if name == "O_DIRECT" && !matches!(engine, Engine::ErofsLoop | Engine::Fuse) => {
                             assert_eq!(error.raw_os_error(), Some(libc::EINVAL), "{engine}");
                             continue;
                         }

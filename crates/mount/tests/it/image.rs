@@ -1,7 +1,7 @@
 //! Images for tests: entries, the eStargz blobs and lazy layers made of them, and the same tree unpacked on disk.
 //!
-//! The blobs follow the format's description and not our own writer, and unpacking is done in the naive way, so that a
-//! mistake of ours is not made twice.
+//! The blobs follow the format's description and not our own writer (but for the headers of the tar inside, which are of
+//! other tests' concern), and unpacking is done in the naive way, so that a mistake of ours is not made twice.
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +16,8 @@ use base64::Engine as _;
 use bytes::Bytes;
 use loris_format::{
     digest::Digest,
+    index::{Timestamp, Xattrs},
+    tar,
     tree::{LayerNumber, OpaqueStyle, Tree},
 };
 use loris_lazy::{LazyLayer, OpenOptions, Store, open::open_layer};
@@ -145,14 +147,18 @@ impl TestImage {
     }
 }
 
-/// Writes an eStargz blob: a gzip member for each chunk.
+/// Writes an eStargz blob: a gzip member for each chunk, and one for what stands between two files.
 fn blob(layer: &[Entry]) -> (Bytes, Descriptor) {
     let mut blob = Vec::new();
     let mut entries = Vec::new();
+    let mut between = Vec::new();
     for entry in layer {
         let content = if let Kind::File(content) = &entry.kind { content.as_slice() } else { &[] };
         let mut toc = toc_entry(entry);
-        member(&mut blob, &header("x", content.len()));
+        between.extend(tar::encode_header(&tar_entry(entry)).unwrap());
+        if !content.is_empty() {
+            member(&mut blob, &std::mem::take(&mut between));
+        }
         for (number, chunk) in content.chunks(CHUNK).enumerate() {
             if number > 0 {
                 toc = json!({ "name": entry.path, "type": "chunk", "chunkOffset": number * CHUNK });
@@ -163,9 +169,13 @@ fn blob(layer: &[Entry]) -> (Bytes, Descriptor) {
             entries.push(std::mem::take(&mut toc));
             member(&mut blob, chunk);
         }
+        between.extend(tar::padding(content.len() as u64));
         if content.is_empty() {
             entries.push(toc);
         }
+    }
+    if !between.is_empty() {
+        member(&mut blob, &between);
     }
     let toc_offset = blob.len();
     let toc = serde_json::to_vec(&json!({ "version": 1, "entries": entries })).unwrap();
@@ -189,6 +199,51 @@ fn member(blob: &mut Vec<u8>, bytes: &[u8]) {
     let mut encoder = flate2::write::GzEncoder::new(blob, flate2::Compression::none());
     encoder.write_all(bytes).unwrap();
     encoder.finish().unwrap();
+}
+
+fn tar_entry(entry: &Entry) -> tar::Entry {
+    let slash = if matches!(entry.kind, Kind::Directory) { "/" } else { "" };
+    let (mut link, mut device, mut size) = ("", (0, 0), 0);
+    let kind = match &entry.kind {
+        Kind::Directory => tar::EntryKind::Directory,
+        Kind::File(content) => {
+            size = content.len() as u64;
+            tar::EntryKind::Regular
+        }
+        Kind::Symlink(target) => {
+            link = target;
+            tar::EntryKind::Symlink
+        }
+        Kind::HardLink(target) => {
+            link = target;
+            tar::EntryKind::HardLink
+        }
+        Kind::Char(major, minor) => {
+            device = (*major, *minor);
+            tar::EntryKind::CharDevice
+        }
+        Kind::Block(major, minor) => {
+            device = (*major, *minor);
+            tar::EntryKind::BlockDevice
+        }
+        Kind::Fifo => tar::EntryKind::Fifo,
+    };
+    let mut xattrs: Xattrs =
+        entry.xattrs.iter().map(|(name, value)| (name.as_bytes().into(), value.as_slice().into())).collect();
+    xattrs.sort();
+    tar::Entry {
+        path: format!("./{}{slash}", entry.path).into_bytes(),
+        kind,
+        link: link.into(),
+        size,
+        permissions: entry.mode,
+        uid: entry.owner.0,
+        gid: entry.owner.1,
+        mtime: Timestamp { seconds: entry.mtime.0, nanoseconds: entry.mtime.1 },
+        device,
+        xattrs,
+        ..tar::Entry::default()
+    }
 }
 
 fn toc_entry(entry: &Entry) -> Value {
@@ -238,7 +293,7 @@ fn rfc3339((seconds, nanoseconds): (i64, u32)) -> String {
     format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanoseconds:09}Z")
 }
 
-/// A header. Nobody reads those of files, whose names come from the table of contents.
+/// The header of a regular file.
 pub fn header(name: &str, length: usize) -> [u8; 512] {
     let mut header = [0; 512];
     header[..name.len()].copy_from_slice(name.as_bytes());

@@ -10,6 +10,7 @@ mod races;
 mod read;
 mod rootfs;
 mod source;
+mod syscalls;
 mod user;
 
 use std::{

@@ -102,7 +102,7 @@ fn a_complete_layer_needs_nobody() {
     file.read_to_end(&mut all).unwrap();
     let at = usize::try_from(data_of(layer, "d/big")).unwrap();
     assert_eq!(all[at..at + content.len()], content);
-    assert!(layer.is_complete());
+    image.runtime.block_on(layer.completed());
     let end = std::time::Instant::now() + Duration::from_secs(60);
     while is_marked(layer) {
         assert!(std::time::Instant::now() < end, "a complete layer is still marked");

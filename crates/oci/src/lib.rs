@@ -8,6 +8,7 @@
 //! - [`name`]: `alpine:3`, `oci:DIR:TAG`, `docker-archive:FILE`, `-`: what a user types; opens sources and sinks.
 //! - [`document`]: descriptors, manifests, indexes, configurations; raw bytes and their digest stay the truth.
 //! - [`registry`]: the distribution specification 1.1, as a client. [`auth`]: credentials as Podman and Docker find them.
+//!   Its hosts may be several: mirrors, as containerd's `hosts.toml` has them. [`link`]: how fast the way to them is.
 //! - [`layout`], [`archive`]: images in files.
 //!
 //! What this crate must not know: what the bytes of a layer mean, mounts, terminals.

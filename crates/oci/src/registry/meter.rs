@@ -59,11 +59,14 @@ impl Meter {
         state.times.push_back(after);
     }
 
-    /// Takes note that a body begins to stream which is read as fast as it comes.
-    pub(super) fn begin(&self, now: Instant) {
+    /// Takes note that a body begins to stream which is read as fast as it comes, and was asked for at `asked_at`.
+    pub(super) fn begin(&self, asked_at: Instant, now: Instant) {
         let mut state = self.state();
         state.streaming += 1;
-        state.window.get_or_insert(Window { since: now, bytes: 0 });
+        // On a busy machine the answer may have lain here for a while, and some of its body with it.
+        let could_begin = state.times.iter().min().and_then(|round_trip| asked_at.checked_add(*round_trip));
+        let since = could_begin.map_or(now, |begin| begin.min(now));
+        state.window.get_or_insert(Window { since, bytes: 0 });
     }
 
     /// Takes note of bytes of any body.
@@ -134,8 +137,9 @@ mod tests {
         // A whole blob alone says nothing.
         meter.arrived(10 << 20, at(0));
         assert_eq!(meter.link(), None);
-        meter.begin(at(0));
-        meter.begin(at(0));
+        // The second one's answer was seen late.
+        meter.begin(start - Duration::from_millis(20), at(0));
+        meter.begin(at(0), at(30));
         meter.arrived(50_000, at(50));
         meter.arrived(50_000, at(90));
         meter.end(at(90));
@@ -149,7 +153,7 @@ mod tests {
         meter.answered(Duration::from_millis(1));
         let mut now = Instant::now();
         let mut stream = |bytes: usize| {
-            meter.begin(now);
+            meter.begin(now, now);
             now += Duration::from_millis(100);
             meter.arrived(bytes, now);
             meter.end(now);
@@ -163,10 +167,21 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_that_is_seen_late_does_not_make_the_way_faster() {
+        let meter = Meter::default();
+        let start = Instant::now();
+        meter.answered(Duration::from_millis(10));
+        meter.begin(start, start + Duration::from_millis(109));
+        meter.arrived(100_000, start + Duration::from_millis(110));
+        meter.end(start + Duration::from_millis(110));
+        assert_eq!(rate(&meter), 1_000_000);
+    }
+
+    #[test]
     fn the_shortest_of_the_last_times_counts() {
         let meter = Meter::default();
         let start = Instant::now();
-        meter.begin(start);
+        meter.begin(start, start);
         meter.arrived(1 << 20, start);
         meter.end(start + Duration::from_secs(1));
         for milliseconds in [50, 10, 40] {

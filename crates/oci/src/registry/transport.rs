@@ -164,7 +164,7 @@ impl Client {
         }
         let is_measured = lane == Lane::Short && length == 0;
         if is_measured {
-            meter.begin(now);
+            meter.begin(asked_at, now);
         }
         let pace = Pace {
             least_bytes_per_second: config.least_bytes_per_second,

@@ -210,3 +210,35 @@ fn a_directory_comes_before_stargz() {
     let missing = Config { hosts_dirs: Vec::new(), stargz_config: Some(root.path().join("no")), ..Config::default() };
     assert!(matches!(endpoints(&missing, "r.example"), Err(Error::File { .. })));
 }
+
+proptest::proptest! {
+    #[test]
+    fn no_file_panics(
+        noise in "[ -~\n\u{e9}]{0,80}",
+        key in "(server|capabilities|ca|client|skip_verify|header|override_path|dial_timeout|host|host\\.\"[ -!#-\\[\\]-~]{0,20}\"\\.[a-z]{1,8})",
+        value in "(\"[ -!#-\\[\\]-~]{0,20}\"|[0-9]{1,3}|true|\\[\\]|\\[\"a\"\\]|\\[\\[\"a\"\\]\\]|\\{a = \"b\"\\}|[0-9.]{1,6}|1979-05-27)",
+    ) {
+        for text in [noise, format!("{key} = {value}")] {
+            let _ = file::endpoints(Path::new("/d/hosts.toml"), &text, "r.example");
+            let _ = stargz::mirrors(Path::new("/d/config.toml"), &text, "r.example");
+        }
+    }
+
+    #[test]
+    fn what_is_written_down_is_what_is_asked(
+        hosts in proptest::collection::btree_set("[a-z]{1,8}", 0..6),
+        path in "(/[a-z]{1,5}){0,2}",
+        complete in proptest::bool::ANY,
+    ) {
+        let mut hosts: Vec<String> = hosts.into_iter().collect();
+        hosts.reverse();
+        let host = |name: &String| format!("[host.\"https://{name}.example{path}\"]\noverride_path = {complete}\n");
+        let text: String = hosts.iter().map(host).collect();
+        let found = file::endpoints(Path::new("/d/hosts.toml"), &text, "r.example").unwrap();
+        let addresses: Vec<String> = found.iter().filter_map(|found| Some(found.url.as_ref()?.to_string())).collect();
+        let end = if complete { "/" } else { "/v2/" };
+        let expected: Vec<String> = hosts.iter().map(|name| format!("https://{name}.example{path}{end}")).collect();
+        proptest::prop_assert_eq!(addresses, expected);
+        proptest::prop_assert!(found.last().is_some_and(|last| last.url.is_none()));
+    }
+}

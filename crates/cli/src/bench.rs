@@ -18,6 +18,7 @@ use crate::{
     engine::EngineArgument,
     failure::{self, Outcome},
     measure::{Measured, measure, median},
+    opened::FetchAhead,
     progress::Bars,
     stage::{Crossed, LinkArguments, Stage, ourselves},
     table::{bytes, table},
@@ -73,6 +74,8 @@ struct RunBench {
     #[command(flatten)]
     engine: EngineArgument,
     #[command(flatten)]
+    ahead: FetchAhead,
+    #[command(flatten)]
     link: LinkArguments,
 }
 
@@ -108,10 +111,11 @@ impl RunBench {
         let image_bytes = put(global, &self.image, &stage.direct(REPOSITORY)).await?;
         let mut full = Vec::new();
         let mut lazy = Vec::new();
+        let lazily = [self.engine.arguments(), self.ahead.arguments()].concat();
         for turn in 0..self.runs {
             // Each has an empty cache of its own; in turn, so that a machine that slows down slows both.
             full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy".to_owned()]).context("full pull")?);
-            lazy.push(self.start(&stage, &format!("lazy{turn}"), &self.engine.arguments()).context("lazy start")?);
+            lazy.push(self.start(&stage, &format!("lazy{turn}"), &lazily).context("lazy start")?);
         }
         stage.clear().await?;
         let report = RunReport {

@@ -128,7 +128,9 @@ async fn prepare(
 /// Runs the image's program in a process of its own, as a user would.
 fn start(stage: &Stage, cache: &str, flags: &[String]) -> Result<Crossed> {
     let mut command = ourselves()?;
-    command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
+    command
+        .args(["run", "--rm", "--net", "none", "--complete", "never", "--plain-http", "--cache-dir"])
+        .arg(stage.folder().join(cache));
     command.args(flags).arg(stage.linked(REPOSITORY));
     stage.run(&mut command)
 }

@@ -29,7 +29,7 @@ use crate::{
     access::{self, OnePlatform},
     engine::{self, EngineArgument},
     failure::{self, Outcome, Usage},
-    opened::{Looked, OpenLazily, Opened},
+    opened::{FetchAhead, Looked, OpenLazily, Opened},
 };
 
 mod resume;
@@ -65,6 +65,8 @@ pub(crate) struct MountArguments {
     platform: OnePlatform,
     #[command(flatten)]
     open: OpenLazily,
+    #[command(flatten)]
+    ahead: FetchAhead,
 }
 
 /// Unmount what `loris mount` has mounted.
@@ -154,7 +156,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
-        opened.prefetch();
+        self.ahead.begin(opened.layers());
         Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec() })
     }
 
@@ -174,6 +176,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let pager = Pager::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
         let pager = Arc::new(pager);
+        self.ahead.begin(&layers);
         let root = RootFs::resume(&self.directory, &layers, Arc::clone(&pager))
             .with_context(|| format!("taking over {}", self.directory.display()))?;
         Ok(Mounted { root, pager: Some(pager), layers })

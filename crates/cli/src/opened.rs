@@ -1,12 +1,13 @@
 //! Opening an image lazily, as `fs`, `mount`, `run` and `inspect` do.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 use loris_format::tree::Tree;
 use loris_lazy::{
-    FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust, open_image,
+    Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
+    open_image,
 };
 use loris_oci::{Document, ImageSource, platform};
 
@@ -47,6 +48,59 @@ impl StorePlace {
         let options =
             StoreOptions { quota_bytes: self.cache_quota, paranoid: self.paranoid, ..StoreOptions::default() };
         Store::open_with(&directory, &options).with_context(|| format!("opening the cache {}", directory.display()))
+    }
+}
+
+/// What is fetched before anyone asks for it.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct FetchAhead {
+    /// Fetch the rest of the image in the background, behind what is read: `always` (not much later than a pull would
+    /// have it), `idle` (only while nobody waits for a read) or `never`
+    #[arg(long, value_enum, default_value_t = Complete::Always, value_name = "WHEN")]
+    complete: Complete,
+    /// Most bytes a second for that, as `10M`
+    #[arg(long, value_name = "BYTES", value_parser = crate::table::parse_bytes)]
+    complete_rate: Option<NonZeroU64>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Complete {
+    Always,
+    Idle,
+    Never,
+}
+
+/// How long after the registry went away a mount goes on trying to complete itself.
+const PATIENCE: Duration = Duration::from_hours(24);
+
+impl FetchAhead {
+    /// Returns the arguments that say the same to another process.
+    pub(crate) fn arguments(&self) -> Vec<String> {
+        let when = self.complete.to_possible_value();
+        let mut arguments = vec![format!("--complete={}", when.as_ref().map_or("always", |value| value.get_name()))];
+        arguments.extend(self.complete_rate.map(|rate| format!("--complete-rate={rate}")));
+        arguments
+    }
+
+    /// Begins to fetch what the writers of the layers marked as worth it, and then the rest. Nobody waits for it.
+    pub(crate) fn begin(&self, layers: &[Arc<LazyLayer>]) {
+        let (layers, wish) = (layers.to_vec(), self.clone());
+        tokio::spawn(async move {
+            if let Err(error) = loris_lazy::prefetch(&layers).await {
+                tracing::debug!(%error, "prefetching ended early");
+            }
+            if wish.complete == Complete::Never {
+                return;
+            }
+            let how = Completion {
+                only_idle: wish.complete == Complete::Idle,
+                bytes_per_second: wish.complete_rate,
+                patience: PATIENCE,
+            };
+            if let Err(error) = loris_lazy::complete_all(&layers, &how).await {
+                tracing::warn!(%error, "the image is not complete");
+            }
+        });
     }
 }
 
@@ -146,18 +200,6 @@ impl Opened {
     pub(crate) fn tree(&self) -> Tree {
         let indexes: Vec<_> = self.image.layers.iter().map(|layer| layer.index()).collect();
         Tree::merged(&indexes)
-    }
-
-    /// Fetches what the writers of the layers marked as worth it, behind whatever is read. Nobody waits for it.
-    pub(crate) fn prefetch(&self) {
-        for layer in self.layers() {
-            let layer = Arc::clone(layer);
-            tokio::spawn(async move {
-                if let Err(error) = loris_lazy::prefetch(&layer).await {
-                    tracing::debug!(layer = %layer.digest(), %error, "prefetching ended early");
-                }
-            });
-        }
     }
 
     /// Returns the layers, the lowest first.

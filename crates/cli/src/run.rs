@@ -23,7 +23,7 @@ use crate::{
     access::OnePlatform,
     engine::EngineArgument,
     failure::{self, Outcome, Usage},
-    opened::{Looked, OpenLazily, Opened},
+    opened::{FetchAhead, Looked, OpenLazily, Opened},
     progress::Bars,
     signals::{self, Ignored},
 };
@@ -88,6 +88,8 @@ pub(crate) struct RunArguments {
     platform: OnePlatform,
     #[command(flatten)]
     open: OpenLazily,
+    #[command(flatten)]
+    ahead: FetchAhead,
 }
 
 /// What network a container has.
@@ -187,7 +189,7 @@ impl RunArguments {
         let handle = tokio::runtime::Handle::current();
         let root =
             RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
-        opened.prefetch();
+        self.ahead.begin(opened.layers());
         Ok(Root::Lazy(root, opened))
     }
 

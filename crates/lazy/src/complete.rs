@@ -1,72 +1,221 @@
-//! Reading ahead of anyone who asks.
+//! Reading ahead of anyone who asks: what the start needs, and then everything.
 //!
-//! Both functions go through the same flights as everyone else, and take only a part of the requests of all layers
-//! together, so that a read on demand finds a place beside them. Nothing waits for them: spawn them, and let reads overtake.
+//! Both go through the same flights as everyone else, behind them in the [schedule](crate::schedule). Nothing waits for
+//! them: spawn them, and let reads overtake.
+//!
+//! Completion measures itself against an imaginary pull that began when it did and has the link for itself. While it is
+//! less than [`LAG`] behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
+//! beside them at full speed, so that everything is here not much later than a pull would have it.
 
-use std::sync::Arc;
+use std::{num::NonZeroU64, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt as _, TryStreamExt as _, stream};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use loris_format::index::{FrameId, Prefetch};
+use tokio::time::Instant;
 
 use crate::{
     error::EnsureError,
     layer::LazyLayer,
-    plan::{FetchPolicy, fetched_range},
+    plan::{fetched_range, window_bytes, windows},
+    schedule::Urgency,
 };
 
-/// Requests that one layer's prefetch or completion has under way.
-const WINDOWS: usize = 3;
-/// Compressed bytes of one request. Large enough that a round trip is small beside it, and small enough that a request
-/// that fails costs little.
-const WINDOW_BYTES: u64 = 2 << 20;
+/// How far completion may fall behind an imaginary pull, as a part of all that was missing: 1 / `LAG`.
+const LAG: u64 = 12;
+/// How long it keeps away from readers where nothing is known of the link.
+const UNKNOWN_LAG: Duration = Duration::from_secs(2);
+/// Between attempts at what failed for a reason that passes.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 
-/// Fills what the writer of the layer marked as worth fetching first (eStargz's landmark), in the order of the blob.
-/// Does nothing for a layer without such a mark.
+/// How layers are completed.
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// Whether it waits until nobody reads on demand, however long that takes, rather than keep up with a pull.
+    pub only_idle: bool,
+    /// Most compressed bytes in a second, on the average.
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// How long it goes on trying while the source is away, which has tried again itself.
+    pub patience: Duration,
+}
+
+impl Default for Completion {
+    fn default() -> Self {
+        Self { only_idle: false, bytes_per_second: None, patience: Duration::ZERO }
+    }
+}
+
+/// Fills what the writers of layers marked as worth fetching first (eStargz's landmark), in the order of the blobs, all
+/// layers together. Does nothing for layers without such a mark.
 ///
 /// # Errors
 /// The first that occurred, after everything else was tried.
-pub async fn prefetch(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
-    match layer.index().prefetch() {
-        Prefetch::Unspecified | Prefetch::Nothing => Ok(()),
+pub async fn prefetch(layers: &[Arc<LazyLayer>]) -> Result<(), EnsureError> {
+    let marked = layers.iter().filter_map(|layer| match layer.index().prefetch() {
+        Prefetch::Unspecified | Prefetch::Nothing => None,
         Prefetch::Until(end) => {
-            let count = layer.index().frames().partition_point(|frame| frame.range.start < end);
-            fill_first(layer, count).await
+            Some((Arc::clone(layer), layer.index().frames().partition_point(|frame| frame.range.start < end)))
+        }
+    });
+    Sweep { parts: marked.collect(), urgency: Urgency::Prefetch, options: Completion::default() }.run().await
+}
+
+/// Fills all of a layer and makes it durable: the source is not needed any more.
+///
+/// # Errors
+/// As [`complete_all`].
+pub async fn complete(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
+    complete_all(std::slice::from_ref(layer), &Completion::default()).await
+}
+
+/// Fills all of some layers, in the order of the blobs, all layers together, and makes them durable: the source is not
+/// needed any more.
+///
+/// # Errors
+/// The first that occurred, after everything else was tried, for as long as [`Completion::patience`] where it may pass.
+pub async fn complete_all(layers: &[Arc<LazyLayer>], options: &Completion) -> Result<(), EnsureError> {
+    let parts = layers.iter().map(|layer| (Arc::clone(layer), layer.index().frames().len())).collect();
+    let filled = Sweep { parts, urgency: Urgency::Completion, options: *options }.run().await;
+    for layer in layers {
+        layer.sync().await?;
+    }
+    filled
+}
+
+/// Some layers, each as far as its first so many frames.
+struct Sweep {
+    parts: Vec<(Arc<LazyLayer>, usize)>,
+    urgency: Urgency,
+    options: Completion,
+}
+
+impl Sweep {
+    async fn run(self) -> Result<(), EnsureError> {
+        let mut pause = FIRST_PAUSE;
+        let mut failing_since: Option<Instant> = None;
+        loop {
+            let before = self.missing_bytes();
+            let outcome = self.pass().await;
+            match outcome {
+                Err(error) if error.is_transient() => {
+                    if self.missing_bytes() < before {
+                        (pause, failing_since) = (FIRST_PAUSE, None);
+                    }
+                    let since = *failing_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() + pause > self.options.patience {
+                        return Err(error);
+                    }
+                    tracing::debug!(%error, "completion pauses");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+                Err(error) => return Err(error),
+                Ok(()) => {}
+            }
+            // What was on its way for others when the pass came by may have failed.
+            if outcome_is_whole(&self.parts) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tries everything that is missing once, and waits for what others have under way.
+    async fn pass(&self) -> Result<(), EnsureError> {
+        let mut first = Ok(());
+        let mut under_way = FuturesUnordered::new();
+        let mut pace = Pace::begin(self);
+        for (layer, count) in &self.parts {
+            layer.refresh()?;
+            for window in self.windows(layer, *count) {
+                if first.as_ref().is_err_and(EnsureError::is_no_space) {
+                    // Where there is no room for one, there is none for the next.
+                    break;
+                }
+                pace.keep_to(self.options.bytes_per_second).await;
+                let claim = layer.claim(&window, self.urgency);
+                let quiet_until = if self.options.only_idle { None } else { pace.quiet_until(layer, self) };
+                let mut turn = std::pin::pin!(layer.schedule.turn(crate::schedule::Claim { quiet_until, ..claim }));
+                // What is under way has to be polled while we wait: it gives back the places we wait for.
+                let turn = loop {
+                    tokio::select! {
+                        biased;
+                        Some(landed) = under_way.next() => first = Result::and(first, landed),
+                        turn = &mut turn => break turn,
+                    }
+                };
+                pace.asked(layer, &window);
+                let layer = Arc::clone(layer);
+                under_way.push(async move { layer.bring(&window, turn).await });
+            }
+        }
+        while let Some(landed) = under_way.next().await {
+            first = Result::and(first, landed);
+        }
+        for (layer, count) in &self.parts {
+            first = Result::and(first, layer.landed(*count).await);
+        }
+        first
+    }
+
+    fn windows(&self, layer: &LazyLayer, count: usize) -> Vec<Vec<FrameId>> {
+        let missing: Vec<FrameId> = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame)).collect();
+        windows(layer.index().frames(), &missing, window_bytes(layer.link()))
+    }
+
+    fn missing_bytes(&self) -> u64 {
+        self.parts.iter().map(|(layer, count)| missing_bytes(layer, *count)).fold(0, u64::saturating_add)
+    }
+}
+
+fn outcome_is_whole(parts: &[(Arc<LazyLayer>, usize)]) -> bool {
+    parts.iter().all(|(layer, count)| (0..).map(FrameId).take(*count).all(|frame| layer.has_frame(frame)))
+}
+
+fn missing_bytes(layer: &LazyLayer, count: usize) -> u64 {
+    let missing = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame));
+    missing.map(|frame| fetched_range(&layer.index().frames()[frame.0 as usize]).length).fold(0, u64::saturating_add)
+}
+
+/// How completion stands against the imaginary pull, and against its bound.
+struct Pace {
+    began: Instant,
+    /// Compressed bytes that were missing at the beginning.
+    missing: u64,
+    /// What the layers had fetched by then, for whomever.
+    fetched: u64,
+    /// What completion has asked for.
+    asked: u64,
+}
+
+impl Pace {
+    fn begin(sweep: &Sweep) -> Self {
+        Self { began: Instant::now(), missing: sweep.missing_bytes(), fetched: fetched(sweep), asked: 0 }
+    }
+
+    /// Returns until when the imaginary pull is not so far ahead that reads on demand may not be left alone any more.
+    fn quiet_until(&self, layer: &LazyLayer, sweep: &Sweep) -> Option<Instant> {
+        let Some(link) = layer.link() else { return Some(self.began + UNKNOWN_LAG) };
+        let allowed = (fetched(sweep) - self.fetched).saturating_add(self.missing / LAG);
+        let seconds = allowed as f64 / link.bytes_per_second.max(1) as f64;
+        Some(self.began + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX).min(Duration::from_hours(24)))
+    }
+
+    fn asked(&mut self, layer: &LazyLayer, window: &[FrameId]) {
+        let frames = layer.index().frames();
+        let bytes = window.iter().map(|frame| fetched_range(&frames[frame.0 as usize]).length);
+        self.asked = bytes.fold(self.asked, u64::saturating_add);
+    }
+
+    async fn keep_to(&self, bytes_per_second: Option<NonZeroU64>) {
+        let Some(rate) = bytes_per_second else { return };
+        let seconds = self.asked as f64 / rate.get() as f64;
+        let Ok(due) = Duration::try_from_secs_f64(seconds) else { return };
+        if let Some(due) = self.began.checked_add(due) {
+            tokio::time::sleep_until(due).await;
         }
     }
 }
 
-/// Fills all of a layer, in the order of the blob, and makes it durable: the source is not needed any more.
-///
-/// # Errors
-/// The first that occurred, after everything else was tried.
-pub async fn complete(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
-    fill_first(layer, layer.index().frames().len()).await?;
-    layer.sync().await
-}
-
-/// Fills the first `count` frames.
-async fn fill_first(layer: &Arc<LazyLayer>, count: usize) -> Result<(), EnsureError> {
-    let policy = FetchPolicy { gap_bytes: WINDOW_BYTES / 8, max_request_bytes: WINDOW_BYTES, read_ahead_bytes: 0 };
-    layer.refresh()?;
-    let missing = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame)).collect::<Vec<_>>();
-    // Owned, so that this can be spawned.
-    let windows = missing.chunk_by(|&a, &b| window(layer, a) == window(layer, b)).map(<[FrameId]>::to_vec);
-    stream::iter(windows.collect::<Vec<_>>())
-        .map(|window| {
-            let layer = Arc::clone(layer);
-            async move {
-                let _turn = layer.gates.background().await;
-                layer.fill(&window, &policy).await
-            }
-        })
-        .buffered(WINDOWS)
-        // Where there is no room for one window, there is none for the next.
-        .map(|filled| if filled.as_ref().is_err_and(EnsureError::is_no_space) { Err(filled) } else { Ok(filled) })
-        .try_fold(Ok(()), |first, next| std::future::ready(Ok(Result::and(first, next))))
-        .await
-        .unwrap_or_else(|no_room| no_room)
-}
-
-fn window(layer: &LazyLayer, frame: FrameId) -> u64 {
-    fetched_range(&layer.index().frames()[frame.0 as usize]).end().0 / WINDOW_BYTES
+fn fetched(sweep: &Sweep) -> u64 {
+    sweep.parts.iter().map(|(layer, _)| layer.statistics().fetched_bytes).fold(0, u64::saturating_add)
 }

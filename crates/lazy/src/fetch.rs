@@ -17,6 +17,7 @@ use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
     plan::{FetchPolicy, Request, fetched_range, plan},
+    schedule::{Claim, Turn},
 };
 
 /// What became of a frame.
@@ -69,8 +70,9 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`: out of other layers of the store, and from the source what is in none.
-    pub(crate) async fn run(mut self, range: BlobRange) {
+    /// Brings all frames, which lie in `range`: out of other layers of the store, and, when their turn has come, from the
+    /// source what is in none.
+    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let (layer, frames) = (Arc::clone(&self.layer), self.frames());
         let filling = tokio::task::spawn_blocking(move || layer.fill_from_store(&frames));
         let room = match filling.await {
@@ -79,10 +81,12 @@ impl Flights {
             // The waiters are told by `drop`.
             Err(_) => return,
         };
+        let mut turn = turn;
         for (range, flights) in self.without_whole(range) {
-            let room = Arc::clone(&room);
+            let claim = Claim { bytes: flights.layer.claim(&flights.frames(), claim.urgency).bytes, ..claim };
+            let (room, turn) = (Arc::clone(&room), turn.take());
             tokio::spawn(async move {
-                flights.bring(range).await;
+                flights.bring(range, claim, turn).await;
                 drop(room);
             });
         }
@@ -107,7 +111,7 @@ impl Flights {
         if self.tickets.len() == all {
             return vec![(range, self)];
         }
-        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy };
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy.adapted(self.layer.source.link()) };
         let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
         let part = |request: Request| {
             let tickets = self.tickets.drain(..request.frames.len()).collect();
@@ -117,19 +121,20 @@ impl Flights {
     }
 
     /// Fetches all frames, which lie in `range`.
-    async fn bring(mut self, range: BlobRange) {
+    async fn bring(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let layer = Arc::clone(&self.layer);
-        let place = layer.gates.request().await;
-        // Frames are decoded one after the other: what is held is the request and the largest of them.
-        let frames = layer.index.frames();
-        let decoded = self.tickets.iter().map(|ticket| frames[ticket.frame.0 as usize].decoded_length).max();
-        let memory = layer.gates.memory(range.length.saturating_add(decoded.unwrap_or(0))).await;
+        let mut turn = match turn {
+            Some(mut turn) => {
+                turn.resize(claim.bytes);
+                turn
+            }
+            None => layer.schedule.turn(claim).await,
+        };
         let fetched = layer.fetch(range).await;
-        // The link must not stand idle while this is decoded.
-        drop(place);
+        turn.landed();
         match fetched {
             Ok(bytes) => {
-                let decoding = layer.gates.decoder().await;
+                let decoding = layer.schedule.decoder(turn.urgency()).await;
                 let landing = tokio::task::spawn_blocking(move || {
                     self.land(range, &bytes);
                     drop(decoding);
@@ -139,7 +144,10 @@ impl Flights {
             }
             Err(error) => self.fail(&error),
         }
-        drop(memory);
+        drop(turn);
+        if let Some(link) = layer.source.link() {
+            layer.schedule.note_round_trip(link.round_trip);
+        }
         if layer.cache.take_sync_wanted()
             && let Err(error) = layer.sync().await
         {

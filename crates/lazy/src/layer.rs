@@ -20,14 +20,16 @@ use loris_format::{
     limits::Limits,
     position::{DataOffset, DataRange, FileOffset},
 };
-use loris_oci::{Descriptor, ImageSource};
+use loris_oci::{Descriptor, ImageSource, link::Link};
+use tokio::runtime::Handle;
 
 use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed},
-    gates::Gates,
-    plan::{FetchPolicy, fetched_range, plan},
+    plan::{FetchPolicy, fetched_range, plan, windows},
+    schedule::{Claim, Schedule, Turn, Urgency},
+    sequence::Sequences,
 };
 
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
@@ -48,11 +50,20 @@ pub struct LazyLayer {
     pub(crate) vouched: bool,
     pub(crate) cache: Arc<LayerCache>,
     pub(crate) source: Arc<dyn ImageSource>,
-    pub(crate) gates: Arc<Gates>,
+    pub(crate) schedule: Arc<Schedule>,
     pub(crate) policy: FetchPolicy,
     pub(crate) limits: Limits,
     pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
+    pub(crate) sequences: Mutex<Sequences>,
     pub(crate) counters: Counters,
+}
+
+/// By what right frames are fetched.
+enum Admission {
+    /// Somebody waits for them: they take their turns.
+    Demanded,
+    /// The turn of one request has come.
+    Granted(Turn),
 }
 
 /// What a layer did since it was opened, and what it has.
@@ -168,28 +179,49 @@ impl LazyLayer {
     /// # Panics
     /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
     pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
+        self.touched(&range, &Handle::current());
         let extents = self.index.extents_in(&range);
         if self.cache.has(extents.clone()) {
             return Ok(());
         }
-        let missing = || extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
+        let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
-        self.cache.refresh(missing()).map_err(|error| self.file_error(error))?;
+        self.cache.refresh(missing).map_err(|error| self.file_error(error))?;
         self.recheck(extents.clone()).await?;
-        let mut frames: Vec<FrameId> = missing().map(|extent| self.extent(extent).frame).collect();
-        frames.sort_unstable();
-        frames.dedup();
+        let frames = self.missing_frames(extents.clone());
         if frames.is_empty() {
             return Ok(());
         }
         Counters::add(&self.counters.waits, 1);
-        for flight in self.take_off(&frames, &self.policy)? {
+        for flight in self.take_off(&frames)? {
             let landed = self.landing(flight).await?;
             if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
                 return Err(refusal.error.clone());
             }
         }
         Ok(())
+    }
+
+    /// Takes note that somebody reads a range of the data file, also where it is there already: where readers go on in
+    /// sequence, what lies ahead of them is fetched, on `runtime`. [`LazyLayer::ensure`] does it by itself.
+    pub fn touched(self: &Arc<Self>, range: &DataRange, runtime: &Handle) {
+        if self.policy.sequential_bytes == 0 || self.is_complete() {
+            return;
+        }
+        // Whoever finds it taken is not held up: the next read of the sequence tells as much.
+        let Ok(mut sequences) = self.sequences.try_lock() else { return };
+        let Some(ahead) = sequences.read(range, self.policy.sequential_bytes) else { return };
+        drop(sequences);
+        let frames = self.missing_frames(self.index.extents_in(&ahead));
+        for window in windows(self.index.frames(), &frames, self.policy.max_request_bytes) {
+            let layer = Arc::clone(self);
+            runtime.spawn(async move {
+                let turn = layer.schedule.turn(layer.claim(&window, Urgency::ReadAhead)).await;
+                if let Err(error) = layer.bring(&window, turn).await {
+                    tracing::debug!(%error, "nothing was read ahead");
+                }
+            });
+        }
     }
 
     /// Does what [`LazyLayer::ensure`] does, and tries again for as long as `patience` where the error is one that passes
@@ -334,10 +366,67 @@ impl LazyLayer {
         self.cache.refresh(0..self.index.extents().len()).map_err(|error| self.file_error(error))
     }
 
-    /// Fills frames, whoever may want them. Returns the first error, after all have come down.
-    pub(crate) async fn fill(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<(), EnsureError> {
+    /// Returns the frames that hold what is missing of `extents`, sorted.
+    fn missing_frames(&self, extents: std::ops::Range<usize>) -> Vec<FrameId> {
+        let missing = extents.filter(|&extent| !self.cache.filled().contains(extent));
+        let mut frames: Vec<FrameId> = missing.map(|extent| self.extent(extent).frame).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        frames
+    }
+
+    /// Says whether nothing is missing of a frame.
+    pub(crate) fn has_frame(&self, frame: FrameId) -> bool {
+        self.index.extents_of(frame).iter().all(|&extent| self.cache.filled().contains(extent as usize))
+    }
+
+    /// Returns what is known of the link to the source.
+    pub(crate) fn link(&self) -> Option<Link> {
+        self.source.link()
+    }
+
+    /// Waits for those of the first `count` frames that are on their way. Returns the first error, after all have come
+    /// down.
+    pub(crate) async fn landed(&self, count: usize) -> Result<(), EnsureError> {
+        let flights: Vec<Flight> = {
+            let flights = self.flights();
+            flights.iter().filter(|(frame, _)| (frame.0 as usize) < count).map(|(_, flight)| flight.clone()).collect()
+        };
         let mut result = Ok(());
-        for flight in self.take_off(frames, policy)? {
+        for flight in flights {
+            result = result.and(self.landing(flight).await.map(drop));
+        }
+        result
+    }
+
+    /// Returns what fetching frames (not none) will claim.
+    pub(crate) fn claim(&self, frames: &[FrameId], urgency: Urgency) -> Claim {
+        let parts = frames.iter().map(|frame| &self.index.frames()[frame.0 as usize]);
+        let fetched = parts.clone().map(|frame| fetched_range(frame).length).fold(0, u64::saturating_add);
+        // Frames are decoded one after the other: what is held is the request and the largest of them.
+        let decoded = parts.map(|frame| frame.decoded_length).max().unwrap_or(0);
+        Claim::new(urgency, fetched.saturating_add(decoded))
+    }
+
+    /// Fetches those of `frames` (sorted, without repetition) that are neither here nor on their way, for nobody who
+    /// waits. Returns the first error, after all have come down.
+    pub(crate) async fn bring(self: &Arc<Self>, frames: &[FrameId], turn: Turn) -> Result<(), EnsureError> {
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.policy.adapted(self.source.link()) };
+        let mut result = Ok(());
+        let wanted = {
+            let flights = self.flights();
+            let wanted = |&frame: &FrameId| !flights.contains_key(&frame) && !self.has_frame(frame);
+            let mut wanted: Vec<FrameId> = frames.iter().copied().filter(wanted).collect();
+            wanted.retain(|&frame| match self.check_size(frame) {
+                Ok(()) => true,
+                Err(error) => {
+                    result = Err(error);
+                    false
+                }
+            });
+            wanted
+        };
+        for flight in self.send(&wanted, &policy, Admission::Granted(turn)) {
             let outcome = self.landing(flight).await.and_then(|landed| match landed.refused.first() {
                 Some(refusal) => Err(refusal.error.clone()),
                 None => Ok(()),
@@ -347,14 +436,29 @@ impl LazyLayer {
         result
     }
 
-    /// Says whether nothing is missing of a frame.
-    pub(crate) fn has_frame(&self, frame: FrameId) -> bool {
-        self.index.extents_of(frame).iter().all(|&extent| self.cache.filled().contains(extent as usize))
+    /// Sends off what has to be fetched for `frames` (sorted, without repetition), for somebody who waits, and returns a
+    /// flight to wait for for each that is not here.
+    fn take_off(self: &Arc<Self>, frames: &[FrameId]) -> Result<VecDeque<Flight>, EnsureError> {
+        for &frame in frames {
+            self.check_size(frame)?;
+        }
+        let mut policy = self.policy.adapted(self.source.link());
+        if frames.last().is_some_and(|&last| self.is_inside_file(last)) {
+            // Whoever reads a large file in sequence is noticed; whoever does not, does not want what comes next.
+            policy.read_ahead_bytes = 0;
+        }
+        Ok(self.send(frames, &policy, Admission::Demanded))
     }
 
-    /// Sends off what has to be fetched for `frames` (sorted, without repetition), and returns a flight to wait for for
-    /// each that is not here.
-    fn take_off(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy) -> Result<VecDeque<Flight>, EnsureError> {
+    /// Says whether the file of a frame goes on in the next one.
+    fn is_inside_file(&self, frame: FrameId) -> bool {
+        let node = |extent: Option<&u32>| extent.map(|&extent| self.extent(extent as usize).node);
+        let next = FrameId(frame.0 + 1);
+        (next.0 as usize) < self.index.frames().len()
+            && node(self.index.extents_of(frame).last()) == node(self.index.extents_of(next).first())
+    }
+
+    fn send(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy, admission: Admission) -> VecDeque<Flight> {
         let mut awaited = VecDeque::new();
         let mut requests = Vec::new();
         {
@@ -365,7 +469,6 @@ impl LazyLayer {
                     awaited.push_back(flight.clone());
                 } else if !self.has_frame(frame) {
                     // Whoever lands a frame publishes it before it gives up its place, so that it can't be missed.
-                    self.check_size(frame)?;
                     wanted.push(frame);
                 }
             }
@@ -373,22 +476,29 @@ impl LazyLayer {
                 |frame| !flights.contains_key(&frame) && !self.has_frame(frame) && self.check_size(frame).is_ok();
             for request in plan(self.index.frames(), &wanted, fetchable, policy) {
                 let mut tickets = VecDeque::with_capacity(request.frames.len());
+                let mut is_wanted = false;
                 for &frame in &request.frames {
                     let (ticket, flight) = Flight::new(frame);
                     if wanted.binary_search(&frame).is_ok() {
                         awaited.push_back(flight.clone());
+                        is_wanted = true;
                     }
                     flights.insert(frame, flight);
                     tickets.push_back(ticket);
                 }
-                requests.push((request, tickets));
+                requests.push((request, tickets, is_wanted));
             }
         }
-        for (request, tickets) in requests {
+        let (urgency, mut turn) = match admission {
+            Admission::Demanded => (Urgency::Demand, None),
+            Admission::Granted(turn) => (turn.urgency(), Some(turn)),
+        };
+        for (request, tickets, is_wanted) in requests {
+            let claim = self.claim(&request.frames, if is_wanted { urgency } else { Urgency::ReadAhead });
             let flights = Flights::new(Arc::clone(self), tickets);
-            tokio::spawn(flights.run(request.range));
+            tokio::spawn(flights.run(request.range, claim, turn.take()));
         }
-        Ok(awaited)
+        awaited
     }
 
     async fn landing(&self, flight: Flight) -> Result<Arc<Landed>, EnsureError> {

@@ -9,8 +9,9 @@
 //! - [`derived`]: what is made out of layers and kept beside them.
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
-//! - [`layer`]: [`LazyLayer`]. [`prefetch()`], [`complete()`]: reading ahead of anyone who asks.
-//! - [`plan`]: which bytes to ask for; pure, so that the policy can be replaced without touching anything else.
+//! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
+//!   pure, so that the policy can be replaced without touching anything else.
 //!
 //! ```no_run
 //! # async fn example(
@@ -42,7 +43,6 @@ mod disk;
 mod eviction;
 mod fetch;
 mod filled;
-mod gates;
 mod quota;
 mod recheck;
 
@@ -53,10 +53,12 @@ pub mod error;
 pub mod layer;
 pub mod open;
 pub mod plan;
+mod schedule;
+mod sequence;
 pub mod store;
 
 pub use census::{StoredLayer, Totals};
-pub use complete::{complete, prefetch};
+pub use complete::{Completion, complete, complete_all, prefetch};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
 pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};

@@ -32,6 +32,7 @@ use crate::{
     error::{LayerError, OpenError, StoreError},
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
+    schedule::Urgency,
     store::Store,
 };
 
@@ -356,10 +357,11 @@ impl LayerOpening {
             vouched,
             cache,
             source: self.source,
-            gates: Arc::clone(self.store.gates()),
+            schedule: Arc::clone(self.store.schedule()),
             policy: self.options.policy,
             limits: self.options.limits,
             flights: Mutex::default(),
+            sequences: Mutex::default(),
             counters: self.counters,
         }))
     }
@@ -377,7 +379,7 @@ impl LayerOpening {
     /// Does something that takes the processor, and memory for a whole table of contents: no more of them at once than
     /// there are processors.
     async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, LayerError> {
-        let place = self.store.gates().decoder().await;
+        let place = self.store.schedule().decoder(Urgency::Demand).await;
         let work = move || {
             let result = work();
             drop(place);

@@ -7,8 +7,9 @@ use loris_format::{
     index::{Frame, FrameId},
     position::{BlobOffset, BlobRange},
 };
+use loris_oci::link::Link;
 
-/// How wanted frames become requests. All figures are compressed bytes.
+/// How wanted frames become requests. Figures are compressed bytes where they don't say otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FetchPolicy {
     /// Bytes nobody asked for that may lie between two wanted frames of one request. Worth about what the link carries
@@ -18,15 +19,70 @@ pub struct FetchPolicy {
     pub max_request_bytes: u64,
     /// Bytes that are asked for behind the last wanted frame, by a request of their own for which nobody waits.
     pub read_ahead_bytes: u64,
+    /// Most bytes of content that are fetched ahead of a reader that goes on in sequence; 0 for none.
+    pub sequential_bytes: u64,
 }
 
 impl FetchPolicy {
     /// Little more than what was asked for: for `fs cat`, which reads one file and goes away.
-    pub const EXACT: Self = Self { gap_bytes: 32 << 10, max_request_bytes: 4 << 20, read_ahead_bytes: 0 };
+    pub const EXACT: Self =
+        Self { gap_bytes: 32 << 10, max_request_bytes: 4 << 20, read_ahead_bytes: 0, sequential_bytes: 0 };
 
     /// For a mounted image: files that lie side by side in a layer are mostly read together, and a round trip of 20 ms
     /// costs as much as 256 KiB at 100 Mbit/s.
-    pub const MOUNT: Self = Self { gap_bytes: 128 << 10, max_request_bytes: 4 << 20, read_ahead_bytes: 256 << 10 };
+    pub const MOUNT: Self = Self {
+        gap_bytes: 128 << 10,
+        max_request_bytes: 4 << 20,
+        read_ahead_bytes: 256 << 10,
+        sequential_bytes: 8 << 20,
+    };
+
+    /// Fits the policy to a link: what lies in a gap and what is read ahead may cost about a round trip.
+    #[must_use]
+    pub fn adapted(self, link: Option<Link>) -> Self {
+        let Some(trip) = link.map(trip_bytes) else { return self };
+        Self {
+            gap_bytes: trip.clamp(16 << 10, 1 << 20),
+            read_ahead_bytes: self.read_ahead_bytes.min(trip.max(64 << 10)),
+            ..self
+        }
+    }
+}
+
+/// Returns the bytes that a link carries in a round trip.
+fn trip_bytes(link: Link) -> u64 {
+    let bytes = u128::from(link.bytes_per_second) * link.round_trip.as_nanos() / 1_000_000_000;
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+/// Returns how many bytes one request of a completion asks for: so many that a round trip is small beside it, and so few
+/// that a read on demand does not wait long behind it, nor much is lost where it fails.
+#[must_use]
+pub fn window_bytes(link: Option<Link>) -> u64 {
+    /// How long a window is under way.
+    const WINDOW_MILLIS: u128 = 150;
+    const UNKNOWN: u64 = 1 << 20;
+    let Some(link) = link else { return UNKNOWN };
+    let bytes = u128::from(link.bytes_per_second) * WINDOW_MILLIS / 1000;
+    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(256 << 10, 4 << 20)
+}
+
+/// Cuts a sorted list of frames into pieces that make a request of about `bytes` each.
+#[must_use]
+pub fn windows(frames: &[Frame], wanted: &[FrameId], bytes: u64) -> Vec<Vec<FrameId>> {
+    let mut windows: Vec<Vec<FrameId>> = Vec::new();
+    let mut start = 0;
+    for &id in wanted {
+        let range = fetched_range(&frames[id.0 as usize]);
+        match windows.last_mut() {
+            Some(window) if range.end().0 - start <= bytes => window.push(id),
+            _ => {
+                start = range.start.0;
+                windows.push(vec![id]);
+            }
+        }
+    }
+    windows
 }
 
 impl Default for FetchPolicy {
@@ -144,6 +200,7 @@ mod tests {
             gap_bytes,
             max_request_bytes,
             read_ahead_bytes,
+            sequential_bytes: 0,
         };
         type Case = (&'static [u32], FetchPolicy, &'static [u32], Vec<(u64, u64, &'static [u32])>);
         // What is wanted, how, what else is on its way; then start, length and frames of the requests.
@@ -208,7 +265,7 @@ mod tests {
             max_request_bytes in 1u64..3000,
             read_ahead_bytes in 0u64..2000,
         ) {
-            let policy = FetchPolicy { gap_bytes, max_request_bytes, read_ahead_bytes };
+            let policy = FetchPolicy { gap_bytes, max_request_bytes, read_ahead_bytes, sequential_bytes: 0 };
             // 0: wanted, 1: fetchable, 2: here already.
             let all: Vec<FrameId> = (0..).map(FrameId).take(frames.len()).collect();
             let wanted: Vec<FrameId> = all.iter().copied().filter(|id| wishes[id.0 as usize] == 0).collect();

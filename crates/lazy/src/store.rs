@@ -28,8 +28,8 @@ use crate::{
     census::Directories,
     digests::{Digests, layer_key},
     error::StoreError,
-    gates::Gates,
     quota::{Quota, Room},
+    schedule::Schedule,
 };
 
 /// The line in the file `version`. A newer Loris that can't be read by this one has another.
@@ -43,7 +43,7 @@ const INDEX_PART: u64 = 8;
 pub struct StoreOptions {
     /// Most bytes of fetched and decoded frames in memory. A single frame that needs more is fetched alone.
     pub memory_bytes: u64,
-    /// Most requests under way. The source has its own bound for each host.
+    /// Most requests under way that somebody waits for. The source has its own bound for each host.
     pub requests: usize,
     /// Most frames being decoded: as many as there are processors.
     pub decoders: usize,
@@ -58,7 +58,7 @@ pub struct StoreOptions {
 impl Default for StoreOptions {
     fn default() -> Self {
         let decoders = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { memory_bytes: 64 << 20, requests: 16, decoders, quota_bytes: None, paranoid: false }
+        Self { memory_bytes: 128 << 20, requests: 16, decoders, quota_bytes: None, paranoid: false }
     }
 }
 
@@ -71,7 +71,7 @@ pub struct Store {
 #[derive(Debug)]
 struct Inner {
     root: PathBuf,
-    gates: Arc<Gates>,
+    schedule: Arc<Schedule>,
     /// What is open, so that two images with a layer in common have one bitmap of it.
     open: Mutex<HashMap<PathBuf, Slot>>,
     /// By device and inode number.
@@ -108,9 +108,9 @@ impl Store {
         let root = root.canonicalize().map_err(StoreError::file(root))?;
         check_owner(&root)?;
         check_version(&root)?;
-        let gates = Arc::new(Gates::new(options.memory_bytes, options.requests, options.decoders));
+        let schedule = Arc::new(Schedule::new(options.memory_bytes, options.requests, options.decoders));
         let inner = Inner {
-            gates,
+            schedule,
             open: Mutex::default(),
             adopted: Mutex::default(),
             digests: Digests::new(&root),
@@ -183,8 +183,8 @@ impl Store {
         slot.try_lock().ok()?.upgrade()
     }
 
-    pub(crate) fn gates(&self) -> &Arc<Gates> {
-        &self.inner.gates
+    pub(crate) fn schedule(&self) -> &Arc<Schedule> {
+        &self.inner.schedule
     }
 
     /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.

@@ -18,6 +18,7 @@ pub mod auth;
 mod blob;
 pub mod document;
 pub mod layout;
+pub mod link;
 pub mod name;
 pub mod place;
 pub mod platform;

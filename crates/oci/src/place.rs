@@ -7,7 +7,10 @@ use bytes::Bytes;
 use futures_util::Stream;
 use loris_format::digest::Digest;
 
-use crate::document::{Descriptor, Document};
+use crate::{
+    document::{Descriptor, Document},
+    link::Link,
+};
 
 /// A blob's bytes, in order. A source checks size and digest as they pass: the stream ends in an error where they differ,
 /// so that a consumer who reaches the end without one has read the right bytes.
@@ -39,6 +42,19 @@ pub trait ImageSource: Send + Sync {
     /// Returns the repository that blobs can be mounted from, for a sink in the same registry: (registry host, repository).
     fn repository(&self) -> Option<(String, String)> {
         None
+    }
+
+    /// Returns what is known of the way that ranges come from now: `None` while nothing has been measured, and where the
+    /// source is local.
+    fn link(&self) -> Option<Link> {
+        None
+    }
+
+    /// Takes note that bytes which [`ImageSource::blob_range`] returned proved wrong, as only the caller can know: a
+    /// source with more than one host asks another one first when bytes of that range are asked for again. Does nothing
+    /// where there is no choice.
+    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) {
+        let _ = (descriptor, range);
     }
 }
 

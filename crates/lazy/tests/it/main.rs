@@ -21,7 +21,8 @@ use loris_lazy::{FetchPolicy, LayerError, LazyLayer, OpenOptions, ReadError, Sto
 use source::TestSource;
 
 /// A policy under which nothing is fetched that was not asked for.
-pub(crate) const STRICT: FetchPolicy = FetchPolicy { gap_bytes: 0, max_request_bytes: 1 << 20, read_ahead_bytes: 0 };
+pub(crate) const STRICT: FetchPolicy =
+    FetchPolicy { gap_bytes: 0, max_request_bytes: 1 << 20, read_ahead_bytes: 0, sequential_bytes: 0 };
 
 /// Waits for something that other tasks bring about; fails where it does not come.
 pub(crate) async fn until(what: &str, condition: impl Fn() -> bool) {

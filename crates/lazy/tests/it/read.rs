@@ -66,16 +66,42 @@ async fn neighbouring_frames_are_one_request() {
 
 #[tokio::test]
 async fn what_lies_ahead_is_fetched_and_not_waited_for() {
-    let mut case = Case::new(vec![("big".to_owned(), noise(1, 40_000))], Shape::default());
+    let mut case = Case::new(files(6, 4096), Shape::default());
     case.options.policy = FetchPolicy { read_ahead_bytes: 10_000, ..STRICT };
     let layer = case.open().await;
-    case.check_part(&layer, 0, 0, 1).await.unwrap();
+    case.check(&layer, 0).await.unwrap();
     let members = &case.blob.members;
     let requests = case.source.take_requests();
     assert!(requests.contains(&(members[1].start..members[1].end)), "{requests:?}");
     until("what lies ahead", || layer.statistics().extents_filled >= 3).await;
-    case.check_part(&layer, 0, 8192, 4096).await.unwrap();
+    case.check(&layer, 2).await.unwrap();
     assert!(!case.source.take_requests().contains(&(members[3].start..members[3].end)));
+}
+
+#[tokio::test]
+async fn a_large_file_is_read_ahead_in_sequence_and_only_then() {
+    let shape = || Shape { chunk_bytes: 16 << 10, ..Shape::default() };
+    let policy = FetchPolicy { read_ahead_bytes: 1 << 20, sequential_bytes: 1 << 20, ..STRICT };
+    let chunk = 16 << 10;
+    // Far apart: nothing but what was asked for.
+    let mut case = Case::new(vec![("big".to_owned(), noise(1, 4 << 20))], shape());
+    case.options.policy = policy;
+    let layer = case.open().await;
+    for number in [200, 20, 150, 60, 100] {
+        case.check_part(&layer, 0, number * chunk, 100).await.unwrap();
+    }
+    assert_eq!(layer.statistics().extents_filled, 5);
+    // One after the other: soon far ahead of the reader.
+    let mut case = Case::new(vec![("big".to_owned(), noise(1, 4 << 20))], shape());
+    case.options.policy = policy;
+    let layer = case.open().await;
+    for number in 0..4 {
+        case.check_part(&layer, 0, number * chunk, chunk).await.unwrap();
+    }
+    until("what lies ahead", || layer.statistics().extents_filled >= 24).await;
+    let before = layer.statistics().waits;
+    case.check_part(&layer, 0, 4 * chunk, 8 * chunk).await.unwrap();
+    assert_eq!(layer.statistics().waits, before);
 }
 
 #[tokio::test]
@@ -207,7 +233,7 @@ async fn prefetch_stops_at_the_landmark() {
     let shape = Shape { landmark: Some(5), ..Shape::default() };
     let case = Case::new(files(10, 3000), shape);
     let layer = case.open().await;
-    prefetch(&layer).await.unwrap();
+    prefetch(std::slice::from_ref(&layer)).await.unwrap();
     case.source.fail();
     for file in 0..5 {
         case.check(&layer, file).await.unwrap();
@@ -222,7 +248,7 @@ async fn prefetch_stops_at_the_landmark() {
 
     let unmarked = Case::new(files(3, 3000), Shape::default());
     let layer = unmarked.open().await;
-    prefetch(&layer).await.unwrap();
+    prefetch(std::slice::from_ref(&layer)).await.unwrap();
     assert_eq!(unmarked.source.take_requests(), []);
 }
 
@@ -352,9 +378,9 @@ proptest! {
             .map(|(number, &size)| (format!("file-{number}"), noise(number as u64 + 7, size)))
             .collect();
         let mut case = Case::new(files, Shape { chunk_bytes, files_per_member, ..Shape::default() });
-        case.options.policy = FetchPolicy { gap_bytes, max_request_bytes, read_ahead_bytes };
+        case.options.policy = FetchPolicy { gap_bytes, max_request_bytes, read_ahead_bytes, sequential_bytes: 0 };
         let case = Arc::new(case);
-        tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap().block_on(async {
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap().block_on(async {
             let layer = case.open().await;
             let readers: Vec<_> = reads.iter().map(|(file, at, length)| {
                 let (case, layer, file, at, length) = (case.clone(), layer.clone(), file.index(sizes.len()), *at, *length);

@@ -131,6 +131,7 @@ fn fill(pending: Pending, watched: Vec<Watched>, range: &Range<u64>, size: u64) 
             let end = range.end.min(layer.index().data_length());
             let range = DataOffset(range.start.min(end))..DataOffset(end);
             let is_whole = size >= layer.index().data_length();
+            layer.touched(&range, &pending.pager.runtime);
             (!is_whole || !layer.is_filled(&range)).then_some((layer, range))
         })
         .collect();

@@ -40,6 +40,13 @@ pub(crate) struct Access {
     /// A directory with certificates for registries: `*.crt`, `*.cert`, `*.key`
     #[arg(long, global = true, value_name = "DIR")]
     cert_dir: Option<PathBuf>,
+    /// A directory that says which hosts serve a registry's images, as containerd's; /etc/containerd/certs.d where none is
+    /// given
+    #[arg(long, global = true, value_name = "DIR")]
+    hosts_dir: Vec<PathBuf>,
+    /// A stargz-snapshotter's config.toml, for the mirrors in it
+    #[arg(long, global = true, value_name = "FILE")]
+    stargz_config: Option<PathBuf>,
     /// The file with credentials; where it is not given, Podman's and Docker's
     #[arg(long, global = true, value_name = "FILE")]
     authfile: Option<PathBuf>,
@@ -52,6 +59,9 @@ pub(crate) struct Access {
     /// How often a request is repeated that a registry does not answer, or not rightly
     #[arg(long, global = true, value_name = "N", default_value_t = 5, value_parser = value_parser!(u32).range(..=100))]
     retries: u32,
+    /// Give a document or a range up after so many seconds, whoever was asked for it and how often
+    #[arg(long, global = true, value_name = "SECONDS", default_value_t = 300, value_parser = value_parser!(u64).range(1..=86_400))]
+    read_deadline: u64,
 }
 
 /// What must not be seen in a log.
@@ -124,8 +134,13 @@ impl Access {
             cert_dir: self.cert_dir.clone(),
             stall_timeout: Duration::from_secs(self.stall_timeout),
             retries: self.retries,
+            stargz_config: self.stargz_config.clone(),
+            deadline: Duration::from_secs(self.read_deadline),
             ..Config::default()
         };
+        if !self.hosts_dir.is_empty() {
+            config.hosts_dirs.clone_from(&self.hosts_dir);
+        }
         if let Some(file) = &self.authfile {
             config.environment.auth_file = Some(file.clone());
         }

@@ -193,7 +193,7 @@ mod tests {
 
     #[test]
     fn a_machine_that_has_everything() {
-        let everything = EngineReport::new(Ability::Present, Ability::Present, Ability::Present);
+        let everything = EngineReport::new(Ability::Present, Ability::Present, Ability::Present, Ability::Present);
         insta::assert_snapshot!(Report::new(&found(everything)).to_text(), @r"
         kernel  6.18.1
         store   /var/lib/loris
@@ -205,6 +205,7 @@ mod tests {
         engine      works  why not
         fanotify    yes
         erofs-fuse  yes
+        erofs-loop  yes
         fuse        yes
 
         case                         engine
@@ -217,7 +218,7 @@ mod tests {
     #[test]
     fn an_older_machine_without_fusermount() {
         let fanotify = missing("the kernel gives no group: EINVAL", "use Linux 6.15 or newer");
-        let mut found = found(EngineReport::new(fanotify, Ability::Present, Ability::Present));
+        let mut found = found(EngineReport::new(fanotify, Ability::Present, Ability::Present, Ability::Present));
         found.users = missing("fusermount3 is not installed", "`apt install fuse3` installs it");
         found.overlay = missing("the kernel has no overlayfs", "load it with `modprobe overlay`");
         let report = Report::new(&found);
@@ -232,6 +233,7 @@ mod tests {
         engine      works  why not
         fanotify    no     the kernel gives no group: EINVAL
         erofs-fuse  yes
+        erofs-loop  yes
         fuse        yes
 
         case                         engine
@@ -272,7 +274,7 @@ mod tests {
     #[test]
     fn a_user_sees_what_a_user_gets() {
         let admin = missing("no right to mount (CAP_SYS_ADMIN)", "run as root");
-        let mut found = found(EngineReport::new(admin.clone(), admin.clone(), Ability::Present));
+        let mut found = found(EngineReport::new(admin.clone(), admin.clone(), admin.clone(), Ability::Present));
         found.admin = admin;
         let report = Report::new(&found);
         let engines: Vec<_> = report.cases.iter().map(|case| case.engine).collect();

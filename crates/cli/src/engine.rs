@@ -49,16 +49,10 @@ impl EngineArgument {
     }
 
     fn paging_with(self, on_death: OnDeath, note: Option<Vec<u8>>, log: Option<PathBuf>) -> Paging {
-        if self.engine.is_some_and(|engine| engine != Engine::Fanotify) || !rustix::process::geteuid().is_root() {
+        // Whatever the engine: a dead mount could stand where this one will.
+        sweep_dead();
+        if self.engine == Some(Engine::Fuse) || !rustix::process::geteuid().is_root() {
             return Paging::None;
-        }
-        match register::sweep(Path::new(REGISTER)) {
-            Ok(swept) => {
-                for mountpoint in swept.mountpoints {
-                    tracing::warn!(mountpoint = %mountpoint.display(), "unmounted what a killed process had left");
-                }
-            }
-            Err(error) => tracing::warn!(%error, "what killed processes have left is not looked for"),
         }
         Paging::Own(PagerOptions { note, ..self.pager_options(on_death, log) })
     }
@@ -83,6 +77,22 @@ pub(crate) fn restart() -> OnDeath {
     let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
     let arguments = std::env::args_os().skip(1);
     OnDeath::Restart([program.into()].into_iter().chain(arguments).collect())
+}
+
+/// Takes down the mounts of processes that were killed together with their keepers, unless they are complete: those need no
+/// process. Only root has any.
+pub(crate) fn sweep_dead() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    match register::sweep(Path::new(REGISTER)) {
+        Ok(swept) => {
+            for mountpoint in swept.mountpoints {
+                tracing::warn!(mountpoint = %mountpoint.display(), "unmounted what a killed process had left");
+            }
+        }
+        Err(error) => tracing::warn!(%error, "what killed processes have left is not looked for"),
+    }
 }
 
 /// Takes down the mounts of the process whose register is at `register`.

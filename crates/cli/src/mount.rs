@@ -10,6 +10,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -17,9 +18,8 @@ use clap::Args;
 use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
 use loris_mount::{
     Special,
-    keeper::Keeper,
-    pager::{Inherited, Pager},
-    rootfs::{Access, RootFs, RootFsOptions},
+    keeper::{Inherited, Keeper},
+    rootfs::{Access, RootFs, RootFsOptions, Server},
 };
 use rustix::process::Signal;
 use tokio::signal::unix::{SignalKind, signal};
@@ -80,6 +80,9 @@ pub(crate) struct UmountArguments {
 const BACKGROUND: &str = "LORIS_MOUNT_BACKGROUND";
 /// The word.
 const READY: &str = "ready";
+/// Between attempts to take over the mount of a killed process, whose last descriptors may not be closed yet.
+const FIRST_PAUSE: Duration = Duration::from_millis(20);
+const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 /// Numbers of signals, for exit statuses.
 const INTERRUPT: u8 = 2;
 const TERMINATE: u8 = 15;
@@ -103,7 +106,11 @@ impl MountArguments {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         let mounted = match Keeper::inherit().context("taking over from a process that was killed")? {
-            Some(inherited) => self.take_over(global, inherited).await?,
+            Some(inherited) => tokio::select! {
+                mounted = self.take_over(global, inherited) => mounted?,
+                _ = interrupt.recv() => return self.give_up(128 + INTERRUPT),
+                _ = terminate.recv() => return self.give_up(128 + TERMINATE),
+            },
             None => {
                 if background {
                     // Whoever waits for the word may be killed. A mount that nobody knows of must not come up then.
@@ -157,7 +164,7 @@ impl MountArguments {
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
         self.ahead.begin(opened.layers());
-        Ok(Mounted { root: Some(root), pager: None, layers: opened.layers().to_vec() })
+        Ok(Mounted { root: Some(root), server: None, layers: opened.layers().to_vec() })
     }
 
     /// Goes on where a process was killed that had been started with the same arguments. What is here is read without the
@@ -170,16 +177,40 @@ impl MountArguments {
         }
         let options = self.open.options(FetchPolicy::MOUNT);
         let manifest = document.manifest(&options.limits)?;
-        let source = global.access.source(&self.image).await?;
-        let layers = open_all_layers(source, &manifest, &store, &options).await?;
+        let opening = async {
+            let source = global.access.source(&self.image).await?;
+            anyhow::Ok(open_all_layers(source, &manifest, &store, &options).await?)
+        };
+        // Readers wait. Where this process gives up, the keeper refuses those who have waited long enough, and starts
+        // another one.
+        let patience = Duration::from_secs(self.engine.read_timeout);
+        let opened = tokio::time::timeout(patience, opening).await;
+        let layers = opened.context("what the store lacks can't be had in time")??;
         let log = Some(self.log());
         let runtime = tokio::runtime::Handle::current();
-        let pager = Pager::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
-        let pager = Arc::new(pager);
+        let server = Server::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
         self.ahead.begin(&layers);
-        let root = RootFs::resume(&self.directory, &layers, Arc::clone(&pager))
-            .with_context(|| format!("taking over {}", self.directory.display()))?;
-        Ok(Mounted { root, pager: Some(pager), layers })
+        let mut pause = FIRST_PAUSE;
+        // From here on reads are answered. Given up now, they would be refused for ever.
+        let root = loop {
+            match RootFs::resume(&self.directory, &layers, &server) {
+                Ok(root) => break root,
+                Err(error) => {
+                    tracing::warn!(directory = %self.directory.display(), %error, "not taken over yet; tried again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(LONGEST_PAUSE);
+                }
+            }
+        };
+        Ok(Mounted { root, server: Some(server), layers })
+    }
+
+    /// Ends without having taken over what a killed process had mounted.
+    fn give_up(&self, status: u8) -> failure::Result {
+        if let Err(error) = loris_mount::rootfs::unmount_at(&self.directory) {
+            tracing::warn!(%error, "unmounting");
+        }
+        Ok(Outcome::Interrupted(status))
     }
 
     /// Where a process in the background writes its log.
@@ -192,15 +223,15 @@ impl MountArguments {
 struct Mounted {
     /// `None` where it was unmounted while no process served it, but is still in use.
     root: Option<RootFs>,
-    pager: Option<Arc<Pager>>,
+    server: Option<Server>,
     layers: Vec<Arc<LazyLayer>>,
 }
 
 impl Mounted {
     async fn ended(&self) {
-        match (&self.root, &self.pager) {
+        match (&self.root, &self.server) {
             (Some(root), _) => root.ended().await,
-            (None, Some(pager)) => pager.idle().await,
+            (None, Some(server)) => server.idle().await,
             (None, None) => {}
         }
     }
@@ -220,6 +251,8 @@ impl UmountArguments {
     pub(crate) fn run(self, global: &Global) -> failure::Result {
         let unmounted = loris_mount::rootfs::unmount_at(&self.directory)
             .with_context(|| format!("unmounting {}", self.directory.display()))?;
+        // Nobody else takes a mount out of the register whose processes are gone.
+        engine::sweep_dead();
         if unmounted == loris_mount::mounts::Unmounted::Detached && !global.quiet {
             eprintln!("{} is still in use; it was detached and goes when its users do", self.directory.display());
         }

@@ -69,6 +69,16 @@ impl Digest {
         hasher.finish() == *self
     }
 
+    /// Reads a digest from text that need not be UTF-8 (what is not, is no digest).
+    pub(crate) fn from_text(text: &[u8]) -> Result<Self, InvalidDigest> {
+        let digest = match text.split_first_chunk::<7>() {
+            Some((b"sha256:", hex)) => decode_hex(hex).map(Self::Sha256),
+            Some((b"sha512:", hex)) => decode_hex(hex).map(Self::Sha512),
+            _ => None,
+        };
+        digest.ok_or_else(|| InvalidDigest { text: String::from_utf8_lossy(text).chars().take(160).collect() })
+    }
+
     /// Hands the hexadecimal digits to `use_hex`. A table of contents has some hundred thousand digests.
     fn with_hex<T>(&self, use_hex: impl FnOnce(&str) -> T) -> T {
         const DIGITS: &[u8; 16] = b"0123456789abcdef";
@@ -147,18 +157,12 @@ impl FromStr for Digest {
     type Err = InvalidDigest;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let invalid = || InvalidDigest { text: text.chars().take(160).collect() };
-        let (algorithm, hex) = text.split_once(':').ok_or_else(invalid)?;
-        match algorithm {
-            "sha256" => Ok(Self::Sha256(decode_hex(hex).ok_or_else(invalid)?)),
-            "sha512" => Ok(Self::Sha512(decode_hex(hex).ok_or_else(invalid)?)),
-            _ => Err(invalid()),
-        }
+        Self::from_text(text.as_bytes())
     }
 }
 
-fn decode_hex<const N: usize>(hex: &str) -> Option<[u8; N]> {
-    let (pairs, rest) = hex.as_bytes().as_chunks::<2>();
+fn decode_hex<const N: usize>(hex: &[u8]) -> Option<[u8; N]> {
+    let (pairs, rest) = hex.as_chunks::<2>();
     if pairs.len() != N || !rest.is_empty() {
         return None;
     }

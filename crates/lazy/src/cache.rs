@@ -582,6 +582,10 @@ impl Tail {
 /// another end of it.
 pub(crate) const NO_FOLLOW: i32 = rustix::fs::OFlags::NOFOLLOW.union(rustix::fs::OFlags::NONBLOCK).bits().cast_signed();
 
+pub(crate) fn open_existing(path: &Path) -> io::Result<File> {
+    File::options().read(true).custom_flags(NO_FOLLOW).open(path)
+}
+
 pub(crate) fn open_private(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(NO_FOLLOW).open(path)
 }

@@ -4,7 +4,6 @@
 //! |---|---|
 //! | `origin` | names of the images that it was opened for, one a line, the last one first; at most [`ORIGINS`] |
 //! | `pinned` | nothing: that it is there is what counts |
-//! | `verdict` | one line: what a proof of the whole layer came to, where one was made |
 //!
 //! A layer is counted as in use while some process has its `lock` locked. A mount that needs no process any more, since
 //! all of its layers are complete, has none: its files go from the directory and stay on the disk until it is unmounted.
@@ -25,6 +24,7 @@ use crate::{
     digests::layer_key,
     error::StoreError,
     filled::Glimpse,
+    proof::Verdict,
     quota::allocated_below,
     store::Store,
 };
@@ -223,7 +223,7 @@ fn look(root: &Path, directory: &Path) -> Option<StoredLayer> {
         last_used,
         in_use,
         pinned: is_pinned(directory),
-        verdict: read_line(&directory.join("verdict")),
+        verdict: verdict(directory),
     })
 }
 
@@ -249,8 +249,12 @@ fn read_origins(directory: &Path) -> Vec<String> {
     text.lines().filter(|line| !line.is_empty()).take(ORIGINS).map(str::to_owned).collect()
 }
 
-fn read_line(path: &Path) -> Option<String> {
-    read_text(path).lines().next().map(str::to_owned)
+fn verdict(directory: &Path) -> Option<String> {
+    match Verdict::load(directory)? {
+        Verdict::Sound(_) => Some("sound".to_owned()),
+        Verdict::Condemned(reason) => Some(format!("condemned: {reason}")),
+        Verdict::Unproven(reason) => Some(format!("unproven: {reason}")),
+    }
 }
 
 /// Reads a small file of ours; nothing where it can't be read.

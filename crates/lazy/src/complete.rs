@@ -17,6 +17,7 @@ use crate::{
     error::EnsureError,
     layer::LazyLayer,
     plan::{fetched_range, window_bytes, windows},
+    proof::Verdict,
     schedule::Urgency,
 };
 
@@ -68,8 +69,8 @@ pub async fn complete(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
     complete_all(std::slice::from_ref(layer), &Completion::default()).await
 }
 
-/// Fills all of some layers, in the order of the blobs, all layers together, and makes them durable: the source is not
-/// needed any more.
+/// Fills all of some layers, in the order of the blobs, all layers together, makes them durable, and waits for what is
+/// found out about them then: the source is not needed any more.
 ///
 /// # Errors
 /// The first that occurred, after everything else was tried, for as long as [`Completion::patience`] where it may pass.
@@ -79,7 +80,13 @@ pub async fn complete_all(layers: &[Arc<LazyLayer>], options: &Completion) -> Re
     for layer in layers {
         layer.sync().await?;
     }
-    filled
+    filled?;
+    for layer in layers {
+        if let Some(Verdict::Condemned(reason)) = layer.proven().await {
+            return Err(EnsureError::Condemned { layer: *layer.digest(), reason });
+        }
+    }
+    Ok(())
 }
 
 /// Some layers, each as far as its first so many frames.

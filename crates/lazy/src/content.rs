@@ -20,7 +20,7 @@ use loris_format::{
 };
 
 use crate::{
-    cache::{LayerCache, NO_FOLLOW},
+    cache::{LayerCache, NO_FOLLOW, open_private},
     digests::{Place, layer_key},
     disk,
     error::EnsureError,
@@ -30,6 +30,11 @@ use crate::{
     store::Store,
 };
 
+/// An empty file in the directory of a layer that has content which did not come from its blob.
+pub(crate) const COPIED: &str = "copied";
+
+/// What the layer's small files may grow by meanwhile, in bytes.
+const SMALL_FILES: u64 = 4 * DATA_ALIGNMENT;
 /// Bytes in memory while content is copied.
 const BUFFER_BYTES: usize = 512 << 10;
 /// Layers whose files are open while frames are filled.
@@ -48,7 +53,7 @@ impl LazyLayer {
         };
         let all: Vec<usize> = frames.iter().flat_map(|&frame| missing(frame)).collect();
         let store = self.cache.store();
-        let needed = all.iter().map(|&number| blocks(self.extent(number))).fold(0, u64::saturating_add);
+        let needed = all.iter().map(|&number| blocks(self.extent(number))).fold(SMALL_FILES, u64::saturating_add);
         let room = store.room(needed).map_err(|error| EnsureError::no_room(self.digest, error))?;
 
         let wanted: Vec<(usize, Digest)> =
@@ -69,6 +74,8 @@ impl LazyLayer {
             for place in places.iter().filter(elsewhere) {
                 let Some(source) = sources.get(place) else { continue };
                 if right.is_empty() {
+                    let mark = directory.join(COPIED);
+                    open_private(&mark).map_err(|error| self.file_error(error))?;
                     // Before the first write, which would hide that somebody has cut the file.
                     self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
                 }

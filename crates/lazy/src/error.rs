@@ -102,6 +102,14 @@ pub enum EnsureError {
         /// What the system said.
         source: Arc<io::Error>,
     },
+    /// The layer is not what it claims to be, as was found out once it was whole.
+    #[error("layer {layer} is not served any more: {reason}; pull the image anew from someone you trust")]
+    Condemned {
+        /// The compressed blob.
+        layer: Digest,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// The fetch was given up before it ended: the runtime it ran on is going away.
     #[error("layer {layer}: the fetch was interrupted")]
     Interrupted {
@@ -121,7 +129,8 @@ impl EnsureError {
             | Self::Mismatch { .. }
             | Self::TooLarge { .. }
             | Self::File { .. }
-            | Self::Quota { .. } => false,
+            | Self::Quota { .. }
+            | Self::Condemned { .. } => false,
         }
     }
 
@@ -234,6 +243,14 @@ pub enum LayerError {
         layer: Digest,
         /// What failed.
         source: Arc<StoreError>,
+    },
+    /// The layer was found out, at an earlier time, not to be what it claims to be.
+    #[error("layer {layer} is not served: {reason}; pull the image anew from someone you trust")]
+    Condemned {
+        /// The compressed blob.
+        layer: Digest,
+        /// What is wrong with it.
+        reason: String,
     },
     /// Opening was given up before it ended: the runtime it ran on is going away.
     #[error("layer {layer}: opening it was interrupted")]

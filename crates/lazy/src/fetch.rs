@@ -3,7 +3,10 @@
 //! A *flight* is a frame on its way. Each frame has at most one; whoever wants the frame waits for it. The task that
 //! brings it holds the *ticket*, and belongs to the layer: it ends whether or not someone still waits.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, atomic::Ordering},
+};
 
 use bytes::Bytes;
 use loris_format::{
@@ -17,6 +20,7 @@ use crate::{
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
     plan::{FetchPolicy, Request, fetched_range, plan},
+    rest::{self, Records},
     schedule::{Claim, Turn},
 };
 
@@ -81,8 +85,12 @@ impl Flights {
             // The waiters are told by `drop`.
             Err(_) => return,
         };
-        let mut turn = turn;
-        for (range, flights) in self.without_whole(range) {
+        let (layer, mut turn) = (Arc::clone(&self.layer), turn);
+        let requests = self.without_whole(range);
+        if requests.is_empty() {
+            layer.prove_when_whole();
+        }
+        for (range, flights) in requests {
             let claim = Claim { bytes: flights.layer.claim(&flights.frames(), claim.urgency).bytes, ..claim };
             let (room, turn) = (Arc::clone(&room), turn.take());
             tokio::spawn(async move {
@@ -145,6 +153,7 @@ impl Flights {
             Err(error) => self.fail(&error),
         }
         drop(turn);
+        layer.prove_when_whole();
         if let Some(link) = layer.source.link() {
             layer.schedule.note_round_trip(link.round_trip);
         }
@@ -156,14 +165,21 @@ impl Flights {
     }
 
     fn land(&mut self, range: BlobRange, bytes: &Bytes) {
+        let _landing = Landing::begin(&self.layer);
         let mut decoder = FrameDecoder::new();
+        let mut rest = self.layer.verdict().is_none().then(Records::new);
         while let Some(ticket) = self.tickets.front() {
-            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes);
+            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes, rest.as_mut());
             if let Err(error) = &outcome {
                 Counters::add(&self.layer.counters.errors, 1);
                 tracing::error!(%error, "fetched and not kept");
             }
             self.arrive(outcome);
+        }
+        if let Some(rest) = rest
+            && let Err(error) = rest.write(self.layer.directory())
+        {
+            tracing::debug!(%error, "what the proof of a layer needs will be fetched again");
         }
     }
 
@@ -184,6 +200,22 @@ impl Flights {
     }
 }
 
+/// A request that is being decoded.
+struct Landing(Arc<LazyLayer>);
+
+impl Landing {
+    fn begin(layer: &Arc<LazyLayer>) -> Self {
+        layer.landing.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(layer))
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.0.landing.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
 impl Drop for Flights {
     fn drop(&mut self) {
         let mut flights = self.layer.flights();
@@ -195,7 +227,7 @@ impl Drop for Flights {
 }
 
 impl LazyLayer {
-    async fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
+    pub(crate) async fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
         Counters::add(&self.counters.requests, 1);
         let bytes = self
             .source
@@ -210,7 +242,14 @@ impl LazyLayer {
     }
 
     /// Decodes a frame out of the bytes of a request, and publishes what is right of it. Blocks.
-    fn land(&self, decoder: &mut FrameDecoder, id: FrameId, request: BlobRange, bytes: &[u8]) -> Outcome {
+    fn land(
+        &self,
+        decoder: &mut FrameDecoder,
+        id: FrameId,
+        request: BlobRange,
+        bytes: &[u8],
+        rest: Option<&mut Records>,
+    ) -> Outcome {
         let frame = &self.index.frames()[id.0 as usize];
         let range = fetched_range(frame);
         let inside = usize::try_from(range.start.0 - request.start.0).ok().and_then(|start| {
@@ -221,8 +260,18 @@ impl LazyLayer {
             // The plan puts frames into requests that hold them.
             return Err(EnsureError::WrongLength { layer: self.digest, range, found: bytes.len() as u64 });
         };
-        let (decoded, fault) = self.decode(decoder, id, frame, compressed);
-        Counters::add(&self.counters.decoded_bytes, decoded.len() as u64);
+        let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
+        let all = rest
+            .as_ref()
+            .map(|_| decoder.decode_all(frame.codec, compressed, frame.decoded_length, most, &self.limits));
+        let (decoded, is_all, fault) = match all {
+            Some(Ok((decoded, is_all))) => (decoded, is_all && range == frame.range, None),
+            _ => {
+                let (decoded, fault) = self.decode(decoder, id, frame, compressed);
+                (decoded, false, fault)
+            }
+        };
+        Counters::add(&self.counters.decoded_bytes, frame.decoded_length.min(decoded.len() as u64));
 
         self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
         let mut right = Vec::new();
@@ -247,6 +296,12 @@ impl LazyLayer {
                 Some(_) => refused.push(self.mismatch(number)),
                 None => refused.push(self.undecoded(number, frame, fault.as_deref())),
             }
+        }
+        if is_all
+            && refused.is_empty()
+            && let Some(rest) = rest
+        {
+            rest.add(&self.index, id, &decoded);
         }
         self.cache.publish(right, right_bytes).map_err(|error| self.file_error(error))?;
         for refusal in &refused {

@@ -7,27 +7,28 @@ use std::{
     os::unix::fs::FileExt as _,
     path::Path,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
 
 use loris_format::{
-    digest::Digest,
+    digest::{DiffId, Digest},
     estargz::open::Opened,
     index::{Extent, FrameId, LayerIndex, NodeId, NodeKind},
     limits::Limits,
     position::{DataOffset, DataRange, FileOffset},
 };
 use loris_oci::{Descriptor, ImageSource, link::Link};
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::watch};
 
 use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed},
     plan::{FetchPolicy, fetched_range, plan, windows},
+    proof::{Verdict, is_another, other_diff_id, prove},
     schedule::{Claim, Schedule, Turn, Urgency},
     sequence::Sequences,
 };
@@ -35,6 +36,8 @@ use crate::{
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// Between attempts of a proof that needs a source which is away. Headers of the tar may be missing, never content.
+const PROOF_PAUSE_SECONDS: [u64; 3] = [1, 2, 4];
 
 /// A layer: its index, where its blob is, and the local data file that holds what was needed so far.
 ///
@@ -55,6 +58,13 @@ pub struct LazyLayer {
     pub(crate) limits: Limits,
     pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
     pub(crate) sequences: Mutex<Sequences>,
+    /// The DiffID that the image's configuration has for the layer, where that was read.
+    pub(crate) claimed: OnceLock<DiffId>,
+    pub(crate) verdict: watch::Sender<Option<Verdict>>,
+    /// Requests that are being decoded: what the proof needs is written after what readers wait for.
+    pub(crate) landing: AtomicUsize,
+    /// Whether somebody is finding out.
+    pub(crate) proving: AtomicBool,
     pub(crate) counters: Counters,
 }
 
@@ -154,16 +164,103 @@ impl LazyLayer {
         self.cache.layout()
     }
 
-    /// Says whether a range of the data file is there. Takes no lock. Padding between files is always there.
+    /// Says whether a range of the data file is there and may be read. Takes no lock but where the layer is whole.
+    /// Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {
-        self.cache.has(self.index.extents_in(range))
+        self.cache.has(self.index.extents_in(range)) && !(self.is_whole() && self.is_condemned())
     }
 
-    /// Says whether everything is there: the source is not needed any more.
+    /// Says whether every extent is there.
+    #[must_use]
+    pub fn is_whole(&self) -> bool {
+        self.cache.filled().count() == self.index.extents().len()
+    }
+
+    /// Says whether everything is there and nothing was found wrong with it: neither the source nor we are needed any
+    /// more.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.cache.is_complete()
+        self.cache.is_complete() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
+    }
+
+    /// Returns what was found out about the layer once it was whole; `None` before.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        self.verdict.borrow().clone()
+    }
+
+    /// Returns the DiffID that the image's configuration has for the layer, where it is known.
+    #[must_use]
+    pub fn claimed(&self) -> Option<&DiffId> {
+        self.claimed.get()
+    }
+
+    fn is_condemned(&self) -> bool {
+        matches!(&*self.verdict.borrow(), Some(Verdict::Condemned(_)))
+    }
+
+    fn check_verdict(&self) -> Result<(), EnsureError> {
+        match &*self.verdict.borrow() {
+            Some(Verdict::Condemned(reason)) => {
+                Err(EnsureError::Condemned { layer: self.digest, reason: reason.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes in a DiffID that the image claims. An image that claims another than was found is served nothing.
+    pub(crate) fn claim_diff_id(&self, claimed: &DiffId) {
+        let _ = self.claimed.set(*claimed);
+        let verdict = self.verdict();
+        if let Some(Verdict::Sound(found)) = verdict {
+            self.pronounce(Verdict::Sound(found));
+        }
+    }
+
+    /// Takes in what was found out.
+    fn pronounce(&self, verdict: Verdict) {
+        let verdict = match (verdict, self.claimed()) {
+            (Verdict::Sound(found), Some(claimed)) if is_another(claimed, &found) => {
+                Verdict::Condemned(other_diff_id(&found.0, &claimed.0))
+            }
+            (verdict, _) => verdict,
+        };
+        if let Verdict::Condemned(reason) = &verdict {
+            Counters::add(&self.counters.errors, 1);
+            tracing::error!(layer = %self.digest, source = %self.source.name(), %reason,
+                "the layer is not what it claims to be, and is not served any more");
+        }
+        self.verdict.send_replace(Some(verdict));
+    }
+
+    /// Begins to find out what the layer is, where it is whole and nobody has begun.
+    pub(crate) fn prove_when_whole(self: &Arc<Self>) {
+        if !self.is_whole()
+            || self.landing.load(Ordering::Acquire) > 0
+            || self.verdict.borrow().is_some()
+            || self.proving.swap(true, Ordering::AcqRel)
+        {
+            return;
+        }
+        let layer = Arc::clone(self);
+        tokio::spawn(async move {
+            for pause in PROOF_PAUSE_SECONDS {
+                let (proven, runtime) = (Arc::clone(&layer), Handle::current());
+                let proof = tokio::task::spawn_blocking(move || prove(&proven, &runtime)).await;
+                match proof.unwrap_or(Err(EnsureError::Interrupted { layer: layer.digest })) {
+                    Ok(verdict) => return layer.pronounce(verdict),
+                    // Found damaged, and forgotten: it will be whole another time.
+                    Err(EnsureError::Mismatch { .. }) => return layer.proving.store(false, Ordering::Release),
+                    Err(error) if error.is_transient() => {
+                        tracing::debug!(%error, "a layer can't be proven at the moment");
+                    }
+                    Err(error) => return layer.pronounce(Verdict::Unproven(error.to_string())),
+                }
+                tokio::time::sleep(Duration::from_secs(pause)).await;
+            }
+            layer.pronounce(Verdict::Unproven("the source was away".to_owned()));
+        });
     }
 
     /// Fills a range of the data file: fetches what is missing, decodes and verifies it, writes it, publishes it. When it
@@ -179,6 +276,7 @@ impl LazyLayer {
     /// # Panics
     /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
     pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
+        self.check_verdict()?;
         self.touched(&range, &Handle::current());
         let extents = self.index.extents_in(&range);
         if self.cache.has(extents.clone()) {
@@ -205,7 +303,7 @@ impl LazyLayer {
     /// Takes note that somebody reads a range of the data file, also where it is there already: where readers go on in
     /// sequence, what lies ahead of them is fetched, on `runtime`. [`LazyLayer::ensure`] does it by itself.
     pub fn touched(self: &Arc<Self>, range: &DataRange, runtime: &Handle) {
-        if self.policy.sequential_bytes == 0 || self.is_complete() {
+        if self.policy.sequential_bytes == 0 || self.is_whole() {
             return;
         }
         // Whoever finds it taken is not held up: the next read of the sequence tells as much.
@@ -248,9 +346,36 @@ impl LazyLayer {
         }
     }
 
-    /// Waits until everything is there. What other processes fill counts only once this one has heard of it.
-    pub async fn completed(&self) {
-        self.cache.completed().await;
+    /// Waits until everything is there and nothing was found wrong with it, which may be never. What other processes fill
+    /// counts only once this one has heard of it.
+    ///
+    /// # Panics
+    /// As [`LazyLayer::ensure`].
+    pub async fn completed(self: &Arc<Self>) {
+        loop {
+            self.cache.completed().await;
+            match self.proven().await {
+                Some(Verdict::Condemned(_)) => std::future::pending().await,
+                Some(_) => return,
+                // It was damaged, and is not whole any more.
+                None => tokio::time::sleep(FIRST_PAUSE).await,
+            }
+        }
+    }
+
+    /// Waits for what is found out about a layer that is whole; `None` where it is not.
+    pub(crate) async fn proven(self: &Arc<Self>) -> Option<Verdict> {
+        let mut verdict = self.verdict.subscribe();
+        loop {
+            if let Some(verdict) = verdict.borrow_and_update().clone() {
+                return Some(verdict);
+            }
+            if !self.is_whole() {
+                return None;
+            }
+            self.prove_when_whole();
+            let _ = tokio::time::timeout(LONGEST_PAUSE, verdict.changed()).await;
+        }
     }
 
     /// Checks that the data file is as long as it should be. Where someone has cut it, what is gone is forgotten, to be

@@ -10,6 +10,7 @@
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
 //! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
 //!   pure, so that the policy can be replaced without touching anything else.
 //!
@@ -36,6 +37,7 @@
 //! that opens it), terminals.
 #![forbid(unsafe_code)]
 
+mod agreement;
 mod cache;
 mod content;
 mod digests;
@@ -53,6 +55,8 @@ pub mod error;
 pub mod layer;
 pub mod open;
 pub mod plan;
+pub mod proof;
+mod rest;
 mod schedule;
 mod sequence;
 pub mod store;
@@ -64,5 +68,6 @@ pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;
+pub use proof::Verdict;
 pub use recheck::{Checked, Fault};
 pub use store::{Store, StoreOptions};

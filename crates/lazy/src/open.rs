@@ -3,7 +3,10 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex, OnceLock,
+        atomic::{AtomicBool, AtomicUsize},
+    },
 };
 
 use bytes::Bytes;
@@ -26,12 +29,14 @@ use loris_oci::{
     Descriptor, ImageSource,
     document::{ImageConfig, Manifest},
 };
+use tokio::sync::watch;
 
 use crate::{
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
+    proof::Verdict,
     schedule::Urgency,
     store::Store,
 };
@@ -124,7 +129,13 @@ pub async fn open_image(
 ) -> Result<OpenedImage, OpenError> {
     let (config, layers) =
         tokio::join!(open_config(&*source, manifest, options), open_layers(&source, manifest, store, options));
-    Ok(OpenedImage { layers, manifest: manifest.clone(), config: config? })
+    let config = config?;
+    for (opened, diff_id) in layers.iter().zip(&config.diff_ids) {
+        if let Ok(layer) = &opened.layer {
+            layer.claim_diff_id(diff_id);
+        }
+    }
+    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
 }
 
 async fn open_config(
@@ -343,12 +354,16 @@ impl LayerOpening {
             }
             let cache = store.layer(&directory, &layer, &index)?;
             store.note_origin(&directory, &name);
-            Ok((index, cache))
+            let verdict = Verdict::load(cache.directory());
+            Ok((index, cache, verdict))
         };
-        let (index, cache) = tokio::task::spawn_blocking(work)
+        let (index, cache, verdict) = tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| LayerError::Interrupted { layer })?
             .map_err(|source| LayerError::Store { layer, source: Arc::new(source) })?;
+        if let Some(Verdict::Condemned(reason)) = verdict {
+            return Err(LayerError::Condemned { layer, reason });
+        }
         Ok(Arc::new(LazyLayer {
             digest: layer,
             descriptor: self.descriptor,
@@ -362,6 +377,10 @@ impl LayerOpening {
             limits: self.options.limits,
             flights: Mutex::default(),
             sequences: Mutex::default(),
+            claimed: OnceLock::new(),
+            verdict: watch::Sender::new(verdict),
+            landing: AtomicUsize::new(0),
+            proving: AtomicBool::new(false),
             counters: self.counters,
         }))
     }

@@ -15,13 +15,15 @@ pub enum Engine {
     Fanotify,
     /// EROFS over files of a FUSE mount of ours: metadata is the kernel's, content that is not cached is asked for.
     ErofsFuse,
+    /// The same through loop devices: for kernels that mount no plain files.
+    ErofsLoop,
     /// All of the tree over FUSE. The only one that needs no root.
     Fuse,
 }
 
 impl Engine {
     /// All of them, the best first.
-    pub const ALL: [Self; 3] = [Self::Fanotify, Self::ErofsFuse, Self::Fuse];
+    pub const ALL: [Self; 4] = [Self::Fanotify, Self::ErofsFuse, Self::ErofsLoop, Self::Fuse];
 
     /// Its name, as on the command line.
     #[must_use]
@@ -29,6 +31,7 @@ impl Engine {
         match self {
             Self::Fanotify => "fanotify",
             Self::ErofsFuse => "erofs-fuse",
+            Self::ErofsLoop => "erofs-loop",
             Self::Fuse => "fuse",
         }
     }
@@ -42,7 +45,7 @@ impl fmt::Display for Engine {
 
 /// A name that no engine has.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-#[error("no engine is called {name:?}: there are fanotify, erofs-fuse and fuse")]
+#[error("no engine is called {name:?}: there are fanotify, erofs-fuse, erofs-loop and fuse")]
 pub struct UnknownEngine {
     /// The name.
     pub name: String,

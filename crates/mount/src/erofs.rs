@@ -4,8 +4,9 @@
 //! device and a place there. The devices are plain files: the data files of layers, in the order of their numbers. So one
 //! mount shows any number of layers, and looks at nothing but the bootstrap until content is read.
 //!
-//! The kernel mounts plain files from 6.12 on (`CONFIG_EROFS_FS_BACKED_BY_FILE`). No loop device is ever made: one
-//! would read around the hook by which the [pager](crate::pager) hears of what is missing.
+//! The kernel mounts plain files from 6.12 on (`CONFIG_EROFS_FS_BACKED_BY_FILE`); before, and where
+//! [asked for](ErofsOptions::loops), it is given a loop device for each. Those read around the hook by which the
+//! [pager](crate::pager) hears of what is missing, so that it never mounts by them.
 //!
 //! What this module must not know: who fills the devices, and when. Whoever mounts over files that are not whole must
 //! see to it that reads of the rest wait or fail; EROFS itself would show zeros.
@@ -29,6 +30,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 use crate::{
     MountError, Special,
     fsopen::{self, Context, Refusal, STRING_BYTES},
+    loop_device::LoopDevice,
     mounts::{self, OwnMount, Unmounted},
 };
 
@@ -44,6 +46,8 @@ pub struct ErofsOptions {
     pub direct: bool,
     /// What of its special files is special.
     pub special: Special,
+    /// Mount loop devices over the files, and not the files. They go with the mount.
+    pub loops: bool,
 }
 
 /// An EROFS that is mounted. Dropping it unmounts it.
@@ -66,7 +70,7 @@ impl DetachedErofs {
     /// what the bootstrap means by device `n + 1`; the kernel opens them all now, and never again. Blocks for some system
     /// calls.
     ///
-    /// The bootstrap's path is shown in the kernel's list of mounts, by which [`mounts::MountInfo::is_loris`] knows it.
+    /// The bootstrap's path is shown in the kernel's list of mounts (or leads there by a loop device), by which [`mounts::MountInfo::is_loris`] knows it.
     ///
     /// # Errors
     /// See [`MountError`].
@@ -201,6 +205,9 @@ impl Goodbye {
 pub(crate) fn create(source: &Path, devices: &[PathBuf], options: &ErofsOptions) -> Result<OwnedFd, Refusal> {
     let absolute = std::path::absolute(source).map_err(Refusal::plain)?;
     let text = absolute.as_os_str().as_bytes();
+    if options.loops {
+        return create_over_loops(&absolute, devices, options);
+    }
     if text.len() > STRING_BYTES {
         // A shorter way to the file would be shown instead, and nobody would know the mount for ours.
         return Err(Refusal {
@@ -221,6 +228,23 @@ pub(crate) fn create(source: &Path, devices: &[PathBuf], options: &ErofsOptions)
             .map_err(|source| Refusal { source, detail: format!("; device {}", device.display()) })?;
         context.set("device", argument.as_os_str().as_bytes())?;
     }
+    context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY | options.special.attributes())
+}
+
+fn create_over_loops(source: &Path, devices: &[PathBuf], options: &ErofsOptions) -> Result<OwnedFd, Refusal> {
+    let over = |file: &Path| {
+        LoopDevice::over(file)
+            .map_err(|source| Refusal { source, detail: format!("; loop device over {}", file.display()) })
+    };
+    let bootstrap = over(source)?;
+    let devices = devices.iter().map(|device| over(device)).collect::<Result<Vec<_>, _>>()?;
+    let context = Context::open("erofs")?;
+    context.set("source", bootstrap.path().as_os_str().as_bytes())?;
+    context.set_flag("ro")?;
+    for device in &devices {
+        context.set("device", device.path().as_os_str().as_bytes())?;
+    }
+    // From then on the kernel has them open.
     context.mount(MountAttrFlags::MOUNT_ATTR_RDONLY | options.special.attributes())
 }
 

@@ -13,8 +13,7 @@
 //! No FUSE thread waits for the network. When the server dies, reads of what the kernel has not cached fail; they never
 //! read zeros.
 //!
-//! What this module must not know: overlayfs, what the tree is for. The types of the FUSE crate stay in `protocol`
-//! and `devices`.
+//! What this module must not know: overlayfs, what the tree is for. The types of the FUSE crate stay in `protocol`.
 
 use std::{
     path::Path,

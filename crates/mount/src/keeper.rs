@@ -16,17 +16,23 @@
 //!
 //! Which keeper is in charge stands in the journal (its *generation*): of two that see the same daemon die, one acts.
 //!
-//! What this module must not know: what is mounted, what events mean beyond refusing them.
+//! It keeps the connection of [devices over FUSE](crate::engine::Engine::ErofsFuse) in the same way, but for one thing: the
+//! kernel fails their reads by itself when nobody holds it any more.
+//!
+//! What this module must not know: what is mounted, what events and requests mean beyond refusing them.
 
 use std::{
-    collections::HashMap,
     ffi::OsString,
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::PathBuf,
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use rustix::{
@@ -34,10 +40,14 @@ use rustix::{
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
 };
 
-use crate::pager::{Inherited, OnDeath, PagerError, PagerOptions, journal::Journal};
+use crate::pager::{OnDeath, PagerError, PagerOptions, journal::Journal};
 
+mod inherited;
 mod message;
 mod process;
+
+pub(crate) use inherited::Asking;
+pub use inherited::Inherited;
 
 use message::{Kind, Message};
 
@@ -50,10 +60,15 @@ pub use process::main;
 
 /// What a keeper keeps beside files.
 pub(crate) struct Kept<'a> {
-    pub(crate) group: BorrowedFd<'a>,
+    pub(crate) asks: Asks<'a>,
     pub(crate) journal: &'a Journal,
-    pub(crate) inotify: BorrowedFd<'a>,
     pub(crate) register: BorrowedFd<'a>,
+}
+
+/// How the kernel asks the daemon, see [`Asking`](inherited::Asking).
+pub(crate) enum Asks<'a> {
+    Events { group: BorrowedFd<'a>, inotify: BorrowedFd<'a> },
+    Requests { connection: BorrowedFd<'a> },
 }
 
 /// The daemon's end.
@@ -68,6 +83,7 @@ pub struct Keeper {
 struct Start {
     program: PathBuf,
     on_death: OnDeath,
+    patience: Duration,
     log: Option<PathBuf>,
 }
 
@@ -91,7 +107,8 @@ impl Keeper {
             // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
             None => program_on_disk(std::env::current_exe().map_err(PagerError::Keeper)?),
         };
-        let start = Start { program, on_death: options.on_death.clone(), log: options.log.clone() };
+        let start =
+            Start { program, on_death: options.on_death.clone(), patience: options.patience, log: options.log.clone() };
         let link = Link::start(&start, kept, files).map_err(PagerError::Keeper)?;
         Ok(Self { link: Mutex::new(link), start })
     }
@@ -146,13 +163,27 @@ impl Keeper {
     }
 
     /// Waits until the keeper was killed: `true`; or until `stop` is readable: `false`.
-    pub(crate) fn wait_for_death(&self, stop: &OwnedFd) -> bool {
+    fn wait_for_death(&self, stop: &OwnedFd) -> bool {
         let socket = Arc::clone(&self.link().socket);
         loop {
             // The keeper says nothing unasked: whatever happens on its socket is the end.
             let mut wanted = [PollFd::new(&*socket, PollFlags::IN), PollFd::new(stop, PollFlags::IN)];
             if poll(&mut wanted, None).is_ok() {
                 return wanted[1].revents().is_empty();
+            }
+        }
+    }
+
+    /// Starts a new keeper by `replace` whenever the old one was killed, until `stop` is readable and `stopping` set.
+    pub(crate) fn attend(&self, stop: &OwnedFd, stopping: &AtomicBool, replace: impl Fn() -> io::Result<()>) {
+        while self.wait_for_death(stop) {
+            if stopping.load(Ordering::SeqCst) {
+                return;
+            }
+            tracing::warn!("the keeper of mounts was killed; another one is started");
+            if let Err(error) = replace() {
+                tracing::error!(%error, "mounts have no keeper, and do not survive this process if it is killed now");
+                std::thread::sleep(Duration::from_secs(1));
             }
         }
     }
@@ -168,22 +199,7 @@ impl Keeper {
         }
         let keeper = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
         rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-        Message { kind: Kind::Resume, number: u64::from(message::VERSION) }.send(&keeper, &[])?;
-        let mut files = HashMap::new();
-        let mut state = None;
-        loop {
-            let (message, descriptors) = Message::receive(&keeper)?;
-            match message.kind {
-                Kind::State => state = <[OwnedFd; 4]>::try_from(descriptors).ok(),
-                Kind::Keep => {
-                    let [data, lock] = <[OwnedFd; 2]>::try_from(descriptors).map_err(|_| message::garbled())?;
-                    files.insert(message.number, [data.into(), lock.into()]);
-                }
-                Kind::End => break,
-                _ => return Err(message::garbled()),
-            }
-        }
-        Inherited::new(state.ok_or_else(message::garbled)?, files, keeper).map(Some)
+        Inherited::receive(keeper).map(Some)
     }
 
     fn link(&self) -> MutexGuard<'_, Link> {
@@ -210,6 +226,7 @@ impl Link {
         let child = Command::new(&start.program)
             .arg(VERB)
             .arg(mode)
+            .arg(start.patience.as_millis().to_string())
             .arg("--")
             .args(command)
             .stdin(Stdio::from(theirs))
@@ -231,8 +248,15 @@ impl Link {
 
     fn hand_over(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
         let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
-        let state = [kept.group, kept.journal.memory(), kept.inotify, kept.register];
-        Message { kind: Kind::State, number: u64::from(generation) }.send(&self.socket, &state)?;
+        let (journal, number) = (kept.journal.memory(), u64::from(generation));
+        match kept.asks {
+            Asks::Events { group, inotify } => {
+                Message { kind: Kind::State, number }.send(&self.socket, &[group, journal, inotify, kept.register])?
+            }
+            Asks::Requests { connection } => {
+                Message { kind: Kind::Devices, number }.send(&self.socket, &[connection, journal, kept.register])?
+            }
+        }
         for (key, [data, lock]) in files {
             Message { kind: Kind::Keep, number: key }.send(&self.socket, &[data.as_fd(), lock.as_fd()])?;
         }

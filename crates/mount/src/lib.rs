@@ -24,6 +24,7 @@ mod error;
 mod fsopen;
 pub mod fuse;
 pub mod keeper;
+mod loop_device;
 pub mod mounts;
 pub mod overlay;
 pub mod pager;

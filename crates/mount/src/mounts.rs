@@ -15,7 +15,7 @@ use rustix::{
     mount::{UnmountFlags, unmount as umount2},
 };
 
-use crate::{MOUNT_NAME, MountError, fuse::fusermount, probe};
+use crate::{MOUNT_NAME, MountError, fuse::fusermount, loop_device, probe};
 
 const MOUNTINFO: &str = "/proc/self/mountinfo";
 
@@ -44,7 +44,10 @@ impl MountInfo {
             b"fuse.loris" => true,
             // A kernel or a helper may leave the subtype out.
             b"fuse" | b"overlay" => self.source == MOUNT_NAME,
-            b"erofs" => is_bootstrap(Path::new(&self.source)),
+            b"erofs" => {
+                let source = Path::new(&self.source);
+                is_bootstrap(source) || loop_device::backing_file(source).is_some_and(|file| is_bootstrap(&file))
+            }
             _ => false,
         }
     }

@@ -20,7 +20,6 @@
 //! What this module must not know: EROFS, where bytes come from, images.
 
 use std::{
-    collections::HashMap,
     fs::File,
     io,
     os::{
@@ -44,7 +43,10 @@ use rustix::{
 };
 use tokio::runtime::Handle;
 
-use crate::{keeper::Keeper, register::Register};
+use crate::{
+    keeper::{Asking, Asks, Inherited, Keeper, Kept},
+    register::Register,
+};
 
 mod answering;
 mod error;
@@ -54,7 +56,7 @@ pub mod group;
 pub(crate) mod journal;
 #[cfg(test)]
 mod model;
-mod slots;
+pub(crate) mod slots;
 mod watch;
 
 pub use error::PagerError;
@@ -82,7 +84,8 @@ const MOST_READERS: usize = 4;
 /// How to run a pager.
 #[derive(Clone, Debug)]
 pub struct PagerOptions {
-    /// How long a reader waits for content that cannot be had at the moment, before it gets `EIO`.
+    /// How long a reader waits for content that cannot be had at the moment, before it gets `EIO`; also where this process
+    /// was killed and no successor lives so long.
     pub patience: Duration,
     /// Where it is noted which mounts this machine has; one folder for all pagers.
     pub register: PathBuf,
@@ -100,7 +103,7 @@ pub struct PagerOptions {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum OnDeath {
     /// It starts a successor: a program and its arguments. The successor calls [`Keeper::inherit`] and
-    /// [`Pager::resume`].
+    /// [`Server::resume`](crate::rootfs::Server::resume).
     Restart(Vec<std::ffi::OsString>),
     /// It refuses all reads, and runs a program that takes the mounts down: its arguments, behind which the path of the
     /// register is put, for [`crate::register::sweep_one`].
@@ -127,66 +130,23 @@ struct Inner {
     patience: Duration,
     /// Held while marks and the table of files change together.
     marking: Mutex<()>,
+    /// What is mounted, where mounts are to outlive their processes; else nothing.
+    shown: Mutex<Vec<Shown>>,
+    outlives: bool,
     /// Readable when the threads are to end.
     stop: OwnedFd,
     stopping: AtomicBool,
 }
 
-/// What a keeper kept of a pager that was killed.
+/// A mount, as the register knows it.
 #[derive(Debug)]
-pub struct Inherited {
-    group: OwnedFd,
-    journal: Journal,
-    inotify: OwnedFd,
-    register: OwnedFd,
-    /// Data file and lock of each layer, by its key.
-    files: HashMap<u64, [File; 2]>,
-    keeper: OwnedFd,
-    left: Vec<slots::Left>,
-}
-
-impl Inherited {
-    /// Takes what a keeper sent: the group, the journal, the watched mounts, the register; then files.
-    ///
-    /// # Errors
-    /// Where the journal is not one of this version, or descriptors run out.
-    pub(crate) fn new(
-        [group, journal, inotify, register]: [OwnedFd; 4],
-        files: HashMap<u64, [File; 2]>,
-        keeper: OwnedFd,
-    ) -> io::Result<Self> {
-        raise_descriptor_limit();
-        let journal = Journal::attach(journal)?;
-        // The numbers of unanswered events must stay taken until they are answered. What was just received and is
-        // closed earlier is moved above all of them.
-        let above =
-            slots::unanswered(&journal).iter().map(|(_, event)| event.descriptor).max().map_or(3, |most| most + 1);
-        let moved = |descriptor: OwnedFd| rustix::io::fcntl_dupfd_cloexec(&descriptor, above).map_err(io::Error::from);
-        let files = files
-            .into_iter()
-            .map(|(key, [data, lock])| Ok((key, [moved(data.into())?.into(), moved(lock.into())?.into()])))
-            .collect::<io::Result<_>>()?;
-        let (group, inotify, register, keeper) = (moved(group)?, moved(inotify)?, moved(register)?, moved(keeper)?);
-        let left = slots::left_behind(&journal)?;
-        Ok(Self { group, journal, inotify, register, files, keeper, left })
-    }
-
-    /// Returns the data files, to be [adopted](loris_lazy::Store::adopt) before the layers are opened.
-    ///
-    /// # Errors
-    /// Where there are too many open files.
-    pub fn data_files(&self) -> io::Result<Vec<File>> {
-        self.files.values().map(|[data, _]| data.try_clone()).collect()
-    }
-
-    /// Returns what the process that was killed had noted ([`PagerOptions::note`]).
-    ///
-    /// # Errors
-    /// Where it cannot be read, or nothing was noted.
-    pub fn note(&self) -> io::Result<Vec<u8>> {
-        let path = std::fs::read_link(format!("/proc/self/fd/{}", self.register.as_raw_fd()))?;
-        crate::register::noted(&path)
-    }
+struct Shown {
+    /// The number of its watch.
+    watch: i32,
+    files: Vec<files::FileId>,
+    mountpoints: Vec<PathBuf>,
+    /// Whether nothing of it is missing, as far as the register was told.
+    is_whole: Option<bool>,
 }
 
 impl Pager {
@@ -223,7 +183,10 @@ impl Pager {
         options: &PagerOptions,
         runtime: &Handle,
     ) -> Result<Self, PagerError> {
-        let Inherited { group, journal, inotify, register, files, keeper, left } = inherited;
+        let Inherited { asking, journal, register, files, keeper } = inherited;
+        let Asking::Events { group, inotify, left } = asking else {
+            return Err(PagerError::Keeper(io::Error::new(io::ErrorKind::InvalidData, "it kept no pager")));
+        };
         let group = Group::from_descriptor(group);
         let mounts = Mounts::attach(inotify, &journal);
         let register = Register::attach(&options.register, register)?;
@@ -236,10 +199,9 @@ impl Pager {
 
     fn run(parts: Parts, left: Vec<slots::Left>, options: &PagerOptions, runtime: &Handle) -> Result<Self, PagerError> {
         let Parts { group, journal, mounts, register, files } = parts;
-        let kept = crate::keeper::Kept {
-            group: group.as_fd(),
+        let kept = Kept {
+            asks: Asks::Events { group: group.as_fd(), inotify: mounts.descriptor() },
             journal: &journal,
-            inotify: mounts.descriptor(),
             register: register.descriptor(),
         };
         let keeper = Keeper::start(&kept, files.kept().map_err(PagerError::DataFile)?, options)?;
@@ -257,6 +219,8 @@ impl Pager {
             runtime: runtime.clone(),
             patience: options.patience,
             marking: Mutex::default(),
+            shown: Mutex::default(),
+            outlives: matches!(options.on_death, OnDeath::Restart(_)),
             stop,
             stopping: AtomicBool::new(false),
         });
@@ -377,23 +341,15 @@ impl Inner {
 
     /// Is the thread that starts a new keeper where the old one was killed.
     fn keep_keeper(self: &Arc<Self>) {
-        while self.keeper.wait_for_death(&self.stop) {
-            if self.stopping.load(Ordering::SeqCst) {
-                return;
-            }
-            tracing::warn!("the keeper of mounts was killed; another one is started");
+        self.keeper.attend(&self.stop, &self.stopping, || {
             let register = self.register();
-            let kept = crate::keeper::Kept {
-                group: self.group.as_fd(),
+            let kept = Kept {
+                asks: Asks::Events { group: self.group.as_fd(), inotify: self.mounts.descriptor() },
                 journal: &self.journal,
-                inotify: self.mounts.descriptor(),
                 register: register.descriptor(),
             };
-            if let Err(error) = self.keeper.replace(&kept, || self.files.kept()) {
-                tracing::error!(%error, "mounts have no keeper: if this process is killed now, they read zeros");
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        }
+            self.keeper.replace(&kept, || self.files.kept())
+        });
     }
 
     /// Marks a layer's data file, unless it is complete or marked already.
@@ -405,6 +361,9 @@ impl Inner {
             self.unmark(layer);
             return Ok(id);
         }
+        // It was complete once, and a stranger has cut it.
+        self.files.set_marked(layer, true);
+        self.note_whole();
         // Again also where it is marked: a process before this one may have been killed before it came to it.
         let marked = self
             .group
@@ -471,8 +430,29 @@ impl Inner {
             tracing::warn!(layer = %layer.digest(), %error, "a complete layer stays marked, which costs time");
             return;
         }
-        if let Some(key) = self.files.key_of(layer) {
+        if let Some(key) = self.files.set_marked(layer, false) {
             self.keeper.forget(key);
+        }
+        self.note_whole();
+    }
+
+    /// Tells the register which mounts need no process of ours any more, so that they are left alone where all of these
+    /// are gone.
+    fn note_whole(&self) {
+        for shown in self.shown().iter_mut() {
+            let is_whole = !self.files.is_any_marked(&shown.files);
+            if shown.is_whole == Some(is_whole) {
+                continue;
+            }
+            let mut register = self.register();
+            let change = |mountpoint: &PathBuf| match is_whole {
+                true => register.set_whole(mountpoint),
+                false => register.clear_whole(mountpoint),
+            };
+            match shown.mountpoints.iter().try_for_each(change) {
+                Ok(()) => shown.is_whole = Some(is_whole),
+                Err(error) => tracing::warn!(%error, "a mount is not known to be complete"),
+            }
         }
     }
 
@@ -492,13 +472,17 @@ impl Inner {
         self.marking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn shown(&self) -> MutexGuard<'_, Vec<Shown>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn register(&self) -> MutexGuard<'_, Register> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Lets this process have as many descriptors as it may, since each unanswered event is one, and returns how many.
-fn raise_descriptor_limit() -> u64 {
+pub(crate) fn raise_descriptor_limit() -> u64 {
     let limit = rustix::process::getrlimit(Resource::Nofile);
     let wanted = u64::from(SLOTS) + 4 * SPARE_DESCRIPTORS;
     if limit.current.is_none_or(|current| current >= wanted) {

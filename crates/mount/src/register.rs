@@ -2,16 +2,21 @@
 //!
 //! Each pager has a file in one folder, locked (`flock`) by it and by its keeper together. A file that nobody locks
 //! belongs to a pager that was killed together with its keeper: its mounts read zeros where nothing was filled, and must
-//! be taken down before anybody reads from them again ([`sweep`]).
+//! be taken down before anybody reads from them again ([`sweep`]). One that is *whole* has nothing that was not filled:
+//! the kernel serves it without us, and it is left alone.
 //!
 //! | bytes | content |
 //! |---|---|
 //! | first line | `loris mounts 1` |
-//! | then | the mount points, each ended by a NUL; NULs in the place of one that is gone |
+//! | then | names, each ended by a NUL; NULs in the place of one that is gone |
+//!
+//! A name is the path of a mount point, or `=` and such a path: that mount is whole. Whoever does not know the latter
+//! takes it for a place where nothing is mounted.
 //!
 //! Beside it, with the ending `note`, may lie what a successor of the process has to know; its form is its writer's.
 
 use std::{
+    collections::HashSet,
     ffi::OsStr,
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom, Write as _},
@@ -36,6 +41,8 @@ const VERSION: &[u8] = b"loris mounts 1\n";
 /// How the names of files begin that are not locked yet.
 const NEW: &str = ".new-";
 const SUFFIX: &str = ".mounts";
+/// Stands before the path of a mount that is whole.
+const WHOLE: u8 = b'=';
 /// More is not read: nobody has so many mounts.
 const MOST_BYTES: u64 = 4 << 20;
 
@@ -108,40 +115,56 @@ impl Register {
 
     /// Notes a mount. The one who is killed in the middle of it leaves a name that is cut off, which is passed over.
     pub(crate) fn add(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
-        let mut line = mountpoint.as_os_str().as_bytes().to_vec();
-        line.push(0);
+        self.write_name(mountpoint.as_os_str().as_bytes())
+    }
+
+    /// Notes that a mount is whole from now on: nothing of it is missing, and nobody is asked before it is read.
+    pub(crate) fn set_whole(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+        self.write_name(&whole(mountpoint))
+    }
+
+    /// Takes that back.
+    pub(crate) fn clear_whole(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+        self.erase(|name| name == whole(mountpoint))
+    }
+
+    /// Takes a mount that is gone out.
+    pub(crate) fn forget(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+        let path = mountpoint.as_os_str().as_bytes();
+        self.erase(|name| name.strip_prefix(&[WHOLE]).unwrap_or(name) == path)
+    }
+
+    fn write_name(&mut self, name: &[u8]) -> Result<(), RegisterError> {
         let mut write = || {
-            let known = self.mountpoints()?;
-            if known.iter().any(|known| known == mountpoint) {
+            let bytes = self.read()?;
+            let names = names(&bytes).ok_or_else(other_version)?;
+            if names.into_iter().any(|known| known == name) {
                 return Ok(());
             }
             self.file.seek(SeekFrom::End(0))?;
-            self.file.write_all(&line)
+            self.file.write_all(&[name, &[0]].concat())
         };
         write().map_err(RegisterError::at(&self.path))
     }
 
-    /// Takes a mount that is gone out, by writing NULs over its name: who is killed in the middle of it leaves a name that
-    /// nothing is mounted at.
-    pub(crate) fn forget(&mut self, mountpoint: &Path) -> Result<(), RegisterError> {
+    /// Writes NULs over names: who is killed in the middle of it leaves one that nothing is mounted at.
+    fn erase(&mut self, is_meant: impl Fn(&[u8]) -> bool) -> Result<(), RegisterError> {
         let mut write = || {
-            let name = mountpoint.as_os_str().as_bytes();
             let bytes = self.read()?;
             let mut at = VERSION.len();
-            for part in bytes.get(at..).unwrap_or_default().split(|&byte| byte == 0) {
-                if part == name {
+            for name in bytes.get(at..).unwrap_or_default().split(|&byte| byte == 0) {
+                if !name.is_empty() && is_meant(name) {
                     self.file.write_all_at(&vec![0; name.len()], at as u64)?;
                 }
-                at += part.len() + 1;
+                at += name.len() + 1;
             }
             Ok(())
         };
         write().map_err(RegisterError::at(&self.path))
     }
 
-    fn mountpoints(&mut self) -> io::Result<Vec<PathBuf>> {
-        parse(&self.read()?)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is of another version of loris"))
+    fn mounts(&mut self) -> io::Result<Vec<Noted>> {
+        parse(&self.read()?).ok_or_else(other_version)
     }
 
     fn read(&mut self) -> io::Result<Vec<u8>> {
@@ -178,11 +201,35 @@ pub(crate) fn noted(register: &Path) -> io::Result<Vec<u8>> {
     Ok(note)
 }
 
-fn parse(bytes: &[u8]) -> Option<Vec<PathBuf>> {
+/// A mount that a register names.
+#[derive(Clone, PartialEq, Eq, Debug)]
+struct Noted {
+    mountpoint: PathBuf,
+    is_whole: bool,
+}
+
+fn other_version() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "it is of another version of loris")
+}
+
+fn whole(mountpoint: &Path) -> Vec<u8> {
+    [&[WHOLE], mountpoint.as_os_str().as_bytes()].concat()
+}
+
+/// Returns all names of a register; `None` where it is of another version.
+fn names(bytes: &[u8]) -> Option<Vec<&[u8]>> {
     let rest = bytes.strip_prefix(VERSION)?;
     let end = rest.iter().rposition(|&byte| byte == 0).map_or(0, |last| last + 1);
-    let names = rest[..end].split(|&byte| byte == 0).filter(|name| !name.is_empty());
-    Some(names.map(|name| PathBuf::from(OsStr::from_bytes(name))).collect())
+    Some(rest[..end].split(|&byte| byte == 0).filter(|name| !name.is_empty()).collect())
+}
+
+fn parse(bytes: &[u8]) -> Option<Vec<Noted>> {
+    let names = names(bytes)?;
+    let whole: HashSet<&[u8]> = names.iter().filter_map(|name| name.strip_prefix(&[WHOLE])).collect();
+    let paths = names.iter().filter(|name| name.first() != Some(&WHOLE));
+    let noted =
+        paths.map(|name| Noted { mountpoint: PathBuf::from(OsStr::from_bytes(name)), is_whole: whole.contains(name) });
+    Some(noted.collect())
 }
 
 /// What was done about the mounts of pagers that are dead.
@@ -193,7 +240,7 @@ pub struct Swept {
 }
 
 /// Takes down the mounts of all pagers that were killed together with their keeper. Must run before anything is mounted,
-/// so that nobody is served from such a mount.
+/// so that nobody is served from such a mount. What is whole stays.
 ///
 /// A register of another version of Loris is left alone.
 ///
@@ -215,7 +262,7 @@ pub fn sweep(folder: &Path) -> Result<Swept, RegisterError> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => continue,
             Err(errno) => return Err(RegisterError::at(&path)(errno.into())),
-            Ok(()) => clean(Register { path, file }, &mut swept)?,
+            Ok(()) => clean(Register { path, file }, Spare::Whole, &mut swept)?,
         }
     }
     Ok(swept)
@@ -228,27 +275,38 @@ pub fn sweep(folder: &Path) -> Result<Swept, RegisterError> {
 pub fn sweep_one(path: &Path) -> Result<Swept, RegisterError> {
     let file = File::options().read(true).write(true).open(path).map_err(RegisterError::at(path))?;
     let mut swept = Swept::default();
-    clean(Register { path: path.to_owned(), file }, &mut swept)?;
+    clean(Register { path: path.to_owned(), file }, Spare::Nothing, &mut swept)?;
     Ok(swept)
 }
 
-fn clean(mut register: Register, swept: &mut Swept) -> Result<(), RegisterError> {
-    let Ok(mountpoints) = register.mountpoints() else {
+/// Which mounts of the dead stay.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Spare {
+    Whole,
+    Nothing,
+}
+
+fn clean(mut register: Register, spare: Spare, swept: &mut Swept) -> Result<(), RegisterError> {
+    let Ok(mounts) = register.mounts() else {
         tracing::warn!(file = %register.path.display(), "the register is not understood, and left alone");
         return Ok(());
     };
-    let mut whole = true;
-    for mountpoint in mountpoints {
+    let mut stays = false;
+    for Noted { mountpoint, is_whole } in mounts {
+        if is_whole && spare == Spare::Whole && rootfs::is_up(&mountpoint) {
+            stays = true;
+            continue;
+        }
         match rootfs::unmount_of_the_dead(&mountpoint) {
             Ok(_) => swept.mountpoints.push(mountpoint),
             Err(crate::MountError::NotOurs { .. }) => {}
             Err(error) => {
-                whole = false;
+                stays = true;
                 tracing::error!(%error, "a mount whose server was killed stays; do not read from it");
             }
         }
     }
-    if whole {
+    if !stays {
         register.remove();
     }
     Ok(())
@@ -266,9 +324,17 @@ mod tests {
         living.add(Path::new("/nowhere/at all")).unwrap();
         living.add(Path::new("/nowhere/at all")).unwrap();
         living.add(Path::new("/nowhere")).unwrap();
-        assert_eq!(living.mountpoints().unwrap(), [Path::new("/nowhere/at all"), Path::new("/nowhere")]);
+        let entry = |path: &str, is_whole| Noted { mountpoint: path.into(), is_whole };
+        assert_eq!(living.mounts().unwrap(), [entry("/nowhere/at all", false), entry("/nowhere", false)]);
+        living.set_whole(Path::new("/nowhere")).unwrap();
+        living.set_whole(Path::new("/nowhere")).unwrap();
+        assert_eq!(living.mounts().unwrap(), [entry("/nowhere/at all", false), entry("/nowhere", true)]);
+        living.clear_whole(Path::new("/nowhere")).unwrap();
+        assert_eq!(living.mounts().unwrap(), [entry("/nowhere/at all", false), entry("/nowhere", false)]);
+        living.set_whole(Path::new("/nowhere")).unwrap();
         living.forget(Path::new("/nowhere")).unwrap();
-        assert_eq!(living.mountpoints().unwrap(), [Path::new("/nowhere/at all")]);
+        assert_eq!(living.mounts().unwrap(), [entry("/nowhere/at all", false)]);
+        living.set_whole(Path::new("/nowhere/at all")).unwrap();
         sweep(folder.path()).unwrap();
         assert!(living.path().exists());
 
@@ -299,7 +365,9 @@ mod tests {
 
     #[test]
     fn names_are_read_whole() {
-        assert_eq!(parse(b"loris mounts 1\n/a\nb\0/c\0/cut").unwrap(), [Path::new("/a\nb"), Path::new("/c")]);
+        let parsed = parse(b"loris mounts 1\n/a\nb\0=/c\0/c\0\0\0=/gone\0/cut").unwrap();
+        let parsed: Vec<_> = parsed.iter().map(|noted| (noted.mountpoint.to_str().unwrap(), noted.is_whole)).collect();
+        assert_eq!(parsed, [("/a\nb", false), ("/c", true)]);
         assert!(parse(b"loris mounts 1\n").unwrap().is_empty());
         assert_eq!(parse(b"something"), None);
     }

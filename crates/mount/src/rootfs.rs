@@ -48,9 +48,13 @@ mod lower;
 mod resume;
 
 use lower::{Lower, Parts};
+pub use resume::{Devices, Server};
 
 /// How the names of scratch directories begin.
 const SCRATCH: &str = "loris-rootfs.";
+
+/// The directory in a scratch directory where the tree is, below an overlay.
+const LOWER: &str = "lower";
 
 /// How long a process that was killed may take to be gone.
 const DYING: Duration = Duration::from_secs(5);
@@ -67,12 +71,13 @@ pub enum Access {
     Keep(PathBuf),
 }
 
-/// What fills data files while the kernel reads them.
+/// What fills data files while the kernel reads them, and whether that outlives this process.
 #[derive(Clone, Debug)]
 pub enum Paging {
     /// Nothing: [`Engine::Fanotify`] is not used.
     None,
-    /// A pager of the root file system's own, with a keeper of its own.
+    /// A pager of the root file system's own, with a keeper of its own; with [`Engine::ErofsFuse`] a keeper of its own,
+    /// where [`OnDeath`](crate::pager::OnDeath) asks for a successor.
     Own(PagerOptions),
     /// A pager that serves others too.
     Shared(Arc<Pager>),
@@ -153,7 +158,7 @@ impl RootFs {
             _ => None,
         };
         let lower_at = match (&base, &rootfs.scratch) {
-            (Some(_), Some(scratch)) => scratch.directory("lower")?,
+            (Some(_), Some(scratch)) => scratch.directory(LOWER)?,
             _ => rootfs.path.clone(),
         };
         let parts = Parts {
@@ -243,6 +248,16 @@ pub fn unmount_at(mountpoint: &Path) -> Result<Unmounted, MountError> {
 /// descriptor that is closed before the one which locks the scratch directory can take the kernel milliseconds.
 pub(crate) fn unmount_of_the_dead(mountpoint: &Path) -> Result<Unmounted, MountError> {
     unmount_with(mountpoint, DYING)
+}
+
+/// Whether a mount that is to be found at a directory is up and of use: the lower part of a root file system whose
+/// overlay is gone is not.
+pub(crate) fn is_up(mountpoint: &Path) -> bool {
+    let Ok(mounts) = mounts::list() else { return false };
+    let Some(mount) = mounts.iter().rfind(|mount| mount.mountpoint == mountpoint) else { return false };
+    let is_lower = mountpoint.ends_with(LOWER) && mountpoint.parent().is_some_and(is_scratch);
+    let has_overlay = || mounts.iter().any(|mount| mount.is_loris() && mount.lower_directories() == [mountpoint]);
+    mount.is_loris() && (!is_lower || has_overlay())
 }
 
 fn unmount_with(mountpoint: &Path, patience: Duration) -> Result<Unmounted, MountError> {
@@ -367,6 +382,11 @@ impl Scratch {
 
     fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Unlocks it and leaves it as it is.
+    fn let_go(mut self) {
+        self.removed = true;
     }
 
     fn directory(&self, name: &str) -> Result<PathBuf, MountError> {

@@ -8,6 +8,9 @@
 //!   and not with a request. If it does, its certificate is verified, on loopback as anywhere else.
 //! - Everything is verified that has a digest, and bounded in size; waits, redirects, repetitions, pages and memory are
 //!   bounded too. Credentials go to the registry's origin and to the token server that it names, nowhere else.
+//! - A registry's images may be served by several hosts ([`Config::hosts_dirs`]). Documents and blobs are asked for at one
+//!   after the other, and one that fails is put back for a while; see `route`. Tags, referrers and whatever is written are
+//!   the registry's own: a mirror has what was asked for, not all there is.
 //! - Proxies are those of the environment (`HTTPS_PROXY`, `NO_PROXY`, ...), never for loopback hosts.
 //!
 //! What is left out: several ranges in one request. Registries and their stores differ too much in it, and a request for
@@ -30,12 +33,15 @@ mod config;
 mod connections;
 mod error;
 mod host;
+mod hosts;
 mod location;
 mod manifest;
+mod meter;
 mod place;
 mod referrers;
 mod request;
 mod retry;
+mod route;
 mod scope;
 mod tags;
 mod tls;
@@ -48,10 +54,17 @@ pub use self::{
     manifest::ManifestName,
     place::{RegistrySink, RegistrySource},
 };
-use self::{connections::Connections, host::Host, request::Targets, transport::Counters};
+use self::{
+    connections::Connections,
+    host::Host,
+    hosts::Capabilities,
+    request::Targets,
+    route::{Content, Route, Trip},
+    transport::Counters,
+};
 
 /// Most registries that are remembered.
-const MAX_HOSTS: usize = 1024;
+const MAX_ROUTES: usize = 1024;
 
 /// A client of registries. Clones share everything.
 #[derive(Clone)]
@@ -62,7 +75,7 @@ pub struct Client {
 struct Inner {
     config: Config,
     connections: Connections,
-    hosts: Mutex<HashMap<String, Arc<Host>>>,
+    routes: Mutex<HashMap<String, Arc<Route>>>,
     targets: Targets,
     counters: Arc<Counters>,
     fallback_turn: AsyncMutex<()>,
@@ -89,7 +102,7 @@ pub struct Statistics {
 #[derive(Clone)]
 pub struct Repository {
     client: Client,
-    host: Arc<Host>,
+    route: Arc<Route>,
     name: String,
 }
 
@@ -104,7 +117,7 @@ impl Client {
         let inner = Inner {
             config,
             connections: Connections::default(),
-            hosts: Mutex::default(),
+            routes: Mutex::default(),
             targets: Targets::default(),
             counters: Arc::default(),
             fallback_turn: AsyncMutex::default(),
@@ -127,12 +140,15 @@ impl Client {
     /// Returns the repository that a reference names.
     #[must_use]
     pub fn repository(&self, reference: &Reference) -> Repository {
-        let mut hosts = self.inner.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        if hosts.len() >= MAX_HOSTS && !hosts.contains_key(reference.registry()) {
-            hosts.clear();
+        let mut routes = self.inner.routes.lock().unwrap_or_else(PoisonError::into_inner);
+        if routes.len() >= MAX_ROUTES && !routes.contains_key(reference.registry()) {
+            routes.clear();
         }
-        let host = hosts.entry(reference.registry().to_owned()).or_insert_with(|| Arc::new(Host::new(reference)));
-        Repository { client: self.clone(), host: host.clone(), name: reference.repository().to_owned() }
+        if routes.get(reference.registry()).is_some_and(|route| route.is_outdated(&self.inner.config)) {
+            routes.remove(reference.registry());
+        }
+        let route = routes.entry(reference.registry().to_owned()).or_insert_with(|| Arc::new(Route::new(reference)));
+        Repository { client: self.clone(), route: route.clone(), name: reference.repository().to_owned() }
     }
 
     /// Returns what this client and its clones have done so far.
@@ -175,7 +191,7 @@ impl Repository {
     /// Returns the registry's name: `docker.io` for Docker Hub.
     #[must_use]
     pub fn registry(&self) -> &str {
-        &self.host.name
+        self.route.registry()
     }
 
     /// Returns the repository's name within the registry.
@@ -191,16 +207,27 @@ impl Repository {
     }
 
     fn place(&self) -> String {
-        format!("{}/{}", self.host.name, self.name)
+        format!("{}/{}", self.route.registry(), self.name)
     }
 
-    async fn url(&self, path: &str) -> Result<Url, Error> {
-        let base = self.host.base(&self.client).await?;
-        base.join(&format!("v2/{}/{path}", self.name)).map_err(|_| self.bad_url())
+    /// Returns the host that is written to.
+    fn target(&self) -> Result<&Arc<Host>, Error> {
+        self.route.target(self.client.config())
     }
 
-    fn bad_url(&self) -> Error {
-        Error::Invalid { what: self.place(), detail: "no address can be made of it".to_owned() }
+    /// Returns the registry itself, for what a mirror can't be asked: it does not have all there is.
+    fn upstream(&self) -> Result<&Arc<Host>, Error> {
+        self.route.upstream(self.client.config())
+    }
+
+    /// Begins an operation that any host which may can do.
+    fn trip(&self, content: Content<'_>) -> Result<Trip, Error> {
+        let wanted = if let Content::Tag = content { Capabilities::RESOLVE } else { Capabilities::PULL };
+        Trip::new(&self.route, &self.name, content, wanted, self.client.config())
+    }
+
+    async fn url(&self, host: &Host, path: &str) -> Result<Url, Error> {
+        host.url(&self.client, &format!("{}/{path}", self.name)).await
     }
 
     fn not_found(&self, what: String) -> Error {

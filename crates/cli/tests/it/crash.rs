@@ -23,15 +23,31 @@ const READERS: usize = 8;
 const ROUNDS: usize = 5;
 const KILLS: usize = 10;
 
-/// Whether the engine works here that survives its processes; says so where not.
+/// Whether the first choice among the engines that survive their processes works here; says so where not.
 pub fn can_page(test: &str, place: &Place) -> bool {
+    works(test, place, "fanotify")
+}
+
+/// Whether an engine works here; says so where not.
+fn works(test: &str, place: &Place, engine: &str) -> bool {
     let report = ok(&mut place.loris("doctor --json")).json();
-    let engine = &report["engines"].as_array().unwrap()[0];
+    let engine = report["engines"].as_array().unwrap().iter().find(|found| found["name"] == engine).unwrap();
     if engine["works"] != true {
-        loris_testkit::skip(test, engine["reason"].as_str().unwrap());
+        loris_testkit::skip(&format!("{test} ({})", engine["name"]), engine["reason"].as_str().unwrap());
         return false;
     }
     true
+}
+
+/// Whether the kernel sends requests again that a killed server has read; says so where not.
+fn can_resend(test: &str) -> bool {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(['.', '-']).map_while(|number| number.parse::<u32>().ok());
+    let can = (numbers.next(), numbers.next()) >= (Some(6), Some(9));
+    if !can {
+        loris_testkit::skip(test, "FUSE_NOTIFY_RESEND, which takes Linux 6.9");
+    }
+    can
 }
 
 /// A large image, what it must look like, and a place for its mounts.
@@ -48,19 +64,16 @@ impl Scene {
         }
         let large = debian::large(test)?;
         let place = Place::new();
-        if !can_page(test, &place) {
-            return None;
-        }
         let converted = convert(&place, large, "converted", &[]);
         let truth = layout::unpack(large, "t", &place.join("bundle"));
         Some(Self { name: format!("oci:{}:t", converted.display()), place, truth })
     }
 
-    fn mount(&self, program: &Path, round: usize) -> PathBuf {
-        let at = self.place.make(&format!("mnt-{round}"));
+    fn mount(&self, program: &Path, engine: &str, round: usize) -> PathBuf {
+        let at = self.place.make(&format!("mnt-{engine}-{round}"));
         let mut command = self.place.command(program);
-        command.args(["mount", "--engine", "fanotify", "--cache-dir"]);
-        command.arg(self.place.join(&format!("cache-{round}"))).arg(&self.name).arg(&at);
+        command.args(["mount", "--engine", engine, "--cache-dir"]);
+        command.arg(self.place.join(&format!("cache-{engine}-{round}"))).arg(&self.name).arg(&at);
         ok(&mut command);
         at
     }
@@ -173,36 +186,39 @@ fn kill(at: &Path, keeper: bool, times: usize, seed: usize) {
     server(at, keeper, &dead);
 }
 
-#[test]
-fn readers_do_not_notice_that_the_daemon_is_killed() {
-    let Some(scene) = Scene::new("readers_do_not_notice_that_the_daemon_is_killed") else { return };
-    for round in 0..ROUNDS {
-        let at = scene.mount(Path::new(crate::harness::LORIS), round);
+fn kill_daemons(scene: &Scene, engine: &str, rounds: usize) {
+    for round in 0..rounds {
+        let at = scene.mount(Path::new(crate::harness::LORIS), engine, round);
         let readers = scene.readers(&at);
         kill(&at, false, KILLS, round);
         readers.finish();
-        if round + 1 == ROUNDS {
+        if round + 1 == rounds {
             scene.compare_all(&at);
         }
         scene.unmount(&at);
-        fs::remove_dir_all(scene.place.join(&format!("cache-{round}"))).unwrap();
+        fs::remove_dir_all(scene.place.join(&format!("cache-{engine}-{round}"))).unwrap();
     }
 }
 
 #[test]
-fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
-    let test = "readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded";
+fn readers_do_not_notice_that_the_daemon_is_killed() {
+    let test = "readers_do_not_notice_that_the_daemon_is_killed";
     let Some(scene) = Scene::new(test) else { return };
-    let at = scene.mount(Path::new(crate::harness::LORIS), 0);
-    let readers = scene.readers(&at);
-    kill(&at, true, KILLS, 7);
-    readers.finish();
-    scene.unmount(&at);
+    if can_page(test, &scene.place) {
+        kill_daemons(&scene, "fanotify", ROUNDS);
+    }
+    for engine in ["erofs-fuse", "erofs-loop"] {
+        if can_resend(test) && works(test, &scene.place, engine) {
+            kill_daemons(&scene, engine, 1);
+        }
+    }
+}
 
-    // The program is replaced while it serves, as a package's upgrade does; its process is ended, and the new one goes on.
+/// The program is replaced while it serves, as a package's upgrade does; its process is ended, and the new one goes on.
+fn upgrade(scene: &Scene, engine: &str) {
     let program = scene.place.join("loris");
     fs::copy(crate::harness::LORIS, &program).unwrap();
-    let at = scene.mount(&program, 1);
+    let at = scene.mount(&program, engine, 1);
     let readers = scene.readers(&at);
     let old = server(&at, false, &[]);
     let new = scene.place.join("loris.new");
@@ -227,10 +243,31 @@ fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
     scene.unmount(&at);
 }
 
+#[test]
+fn readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded() {
+    let test = "readers_do_not_notice_that_the_keeper_is_killed_or_the_program_upgraded";
+    let Some(scene) = Scene::new(test) else { return };
+    for engine in ["fanotify", "erofs-fuse"] {
+        if !works(test, &scene.place, engine) || (engine != "fanotify" && !can_resend(test)) {
+            continue;
+        }
+        let at = scene.mount(Path::new(crate::harness::LORIS), engine, 0);
+        let readers = scene.readers(&at);
+        kill(&at, true, KILLS, 7);
+        readers.finish();
+        scene.unmount(&at);
+        upgrade(&scene, engine);
+    }
+}
+
 /// Two daemons fill the same data files, each of which is asked for the other's reads too.
 #[test]
 fn two_daemons_share_a_cache() {
-    let Some(scene) = Scene::new("two_daemons_share_a_cache") else { return };
+    let test = "two_daemons_share_a_cache";
+    let Some(scene) = Scene::new(test) else { return };
+    if !can_page(test, &scene.place) {
+        return;
+    }
     let mount = |name: &str| {
         let at = scene.place.make(name);
         let mut command = scene.place.loris("mount --engine fanotify");
@@ -248,33 +285,107 @@ fn two_daemons_share_a_cache() {
     scene.unmount(&other);
 }
 
+/// What keeps a successor from taking the mount over, here a lock that is held for long, keeps nobody from reading.
 #[test]
-fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
-    let test = "a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next";
+fn a_successor_that_meets_obstacles_tries_again() {
+    let test = "a_successor_that_meets_obstacles_tries_again";
     let Some(small) = image::small(test) else { return };
     let place = Place::new();
     if !can_page(test, &place) {
         return;
     }
+    let name = format!("oci:{}:t", convert(&place, small, "converted", &[]).display());
+    let truth = layout::unpack(small, "t", &place.join("bundle"));
+    let at = place.make("mnt");
+    ok(place.loris("mount --engine fanotify --rw").arg(&name).arg(&at));
+    let first = server(&at, false, &[]);
+    let scratch = fs::read_dir(place.join("tmp")).unwrap().map(|entry| entry.unwrap().path());
+    let scratch = scratch.into_iter().find(|path| path.to_string_lossy().contains("loris-rootfs.")).unwrap();
+    let lock = fs::File::open(&scratch).unwrap();
+    std::thread::scope(|scope| {
+        // Waits for it now, so that it has it before any successor.
+        let locking = scope.spawn(|| rustix::fs::flock(&lock, rustix::fs::FlockOperation::LockExclusive).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        kill_process(first, Signal::KILL).unwrap();
+        locking.join().unwrap();
+    });
+    server(&at, false, &[first]);
+    assert!(fs::read(at.join(image::BIG)).unwrap() == fs::read(truth.join(image::BIG)).unwrap());
+    rustix::fs::flock(&lock, rustix::fs::FlockOperation::Unlock).unwrap();
+    let end = Instant::now() + LIMIT;
+    while rustix::fs::flock(&lock, rustix::fs::FlockOperation::NonBlockingLockExclusive).is_ok() {
+        rustix::fs::flock(&lock, rustix::fs::FlockOperation::Unlock).unwrap();
+        assert!(Instant::now() < end, "nobody takes it over");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    drop(lock);
+    ok(place.loris("umount").arg(&at));
+    place.assert_clean();
+}
+
+#[test]
+fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
+    let test = "a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
     let converted = convert(&place, small, "converted", &[]);
     let name = format!("oci:{}:t", converted.display());
-    for flags in [&[][..], &["--rw"]] {
-        let at = place.make(&format!("mnt{}", flags.concat()));
-        ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
-        let both = [server(&at, false, &[]), server(&at, true, &[])];
-        // Stopped first, so that neither sees the other one die.
-        both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
-        both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+    for (engine, flags) in
+        [("fanotify", &[][..]), ("fanotify", &["--rw"]), ("erofs-fuse", &[]), ("erofs-fuse", &["--rw"])]
+    {
+        if !works(test, &place, engine) || (engine != "fanotify" && !can_resend(test)) {
+            continue;
+        }
+        let at = place.make(&format!("mnt{engine}{}", flags.concat()));
+        let mount = |at: &Path, flags: &[&str]| {
+            let mut command = place.loris("mount --engine");
+            command.arg(engine).args(flags).arg(&name).arg(at).env("LORIS_CACHE_DIR", place.join(engine));
+            ok(&mut command);
+        };
+        mount(&at, flags);
+        kill_together(&[server(&at, false, &[]), server(&at, true, &[])]);
         assert!(mounted_in(place.path()).contains(&at));
+        if engine != "fanotify" {
+            // What no process holds any more, the kernel refuses: no zeros.
+            let error = fs::read(at.join(image::BIG)).unwrap_err();
+            assert!(matches!(error.raw_os_error(), Some(5 | 107)), "{error}");
+        }
         let other = place.make("other");
-        ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
+        mount(&other, &[]);
         assert_eq!(mounted_in(place.path()), std::slice::from_ref(&other), "the dead one is gone");
         ok(place.loris("umount").arg(&other));
         place.assert_clean();
     }
 }
 
-/// When everything was read, nothing of ours is on the way any more.
+/// Of one layer, in which no file hides another: all of it can be read.
+fn readable(place: &Place) -> String {
+    let (layout, bundle) = (place.join("layout"), place.join("bundle"));
+    let image = format!("{}:t", layout.display());
+    image::umoci(&["init", "--layout", layout.to_str().unwrap()]);
+    image::umoci(&["new", "--image", &image]);
+    image::umoci(&["unpack", "--image", &image, bundle.to_str().unwrap()]);
+    for (number, length) in [1, 4096, 100_000, 9 << 20].into_iter().enumerate() {
+        fs::write(bundle.join(format!("rootfs/f{number}")), image::noise(number as u64, length)).unwrap();
+    }
+    image::umoci(&["repack", "--image", &image, bundle.to_str().unwrap()]);
+    format!("oci:{}:t", convert(place, &layout, "converted", &[]).display())
+}
+
+/// Registers of a process's mounts, with what lies beside them.
+fn registers(process: Pid) -> Vec<PathBuf> {
+    let prefix = format!("{}-", process.as_raw_nonzero());
+    let all = fs::read_dir("/run/loris/mounts").unwrap().filter_map(Result::ok).map(|entry| entry.path());
+    all.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&prefix)).collect()
+}
+
+/// Neither sees the other one die.
+fn kill_together(both: &[Pid]) {
+    both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
+    both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
+}
+
+/// When everything was read, nothing of ours is on the way any more, and the next one leaves the mount alone.
 #[test]
 fn a_complete_image_outlives_all_processes() {
     let test = "a_complete_image_outlives_all_processes";
@@ -285,49 +396,36 @@ fn a_complete_image_outlives_all_processes() {
     if !can_page(test, &place) {
         return;
     }
-    // Of one layer, in which no file hides another: all of it can be read.
-    let (layout, bundle) = (place.join("layout"), place.join("bundle"));
-    let image = format!("{}:t", layout.display());
-    image::umoci(&["init", "--layout", layout.to_str().unwrap()]);
-    image::umoci(&["new", "--image", &image]);
-    image::umoci(&["unpack", "--image", &image, bundle.to_str().unwrap()]);
-    for (number, length) in [1, 4096, 100_000, 9 << 20].into_iter().enumerate() {
-        fs::write(bundle.join(format!("rootfs/f{number}")), image::noise(number as u64, length)).unwrap();
-    }
-    image::umoci(&["repack", "--image", &image, bundle.to_str().unwrap()]);
-    let converted = convert(&place, &layout, "converted", &[]);
-    let at = place.make("mnt");
-    ok(place.loris("mount --engine fanotify").arg(format!("oci:{}:t", converted.display())).arg(&at));
-    let both = [server(&at, false, &[]), server(&at, true, &[])];
-    let sums = || {
-        let script = "find . -type f -print0 | sort -z | xargs -0 cksum";
-        ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
-    };
-    let expected = sums();
-    let marks = || {
-        let infos = fs::read_dir(format!("/proc/{}/fdinfo", both[0].as_raw_nonzero())).unwrap().filter_map(Result::ok);
-        let infos = infos.filter_map(|info| fs::read_to_string(info.path()).ok());
-        infos.map(|info| info.matches("fanotify ino:").count()).sum::<usize>()
-    };
-    let end = Instant::now() + LIMIT;
-    while marks() > 0 {
-        assert!(Instant::now() < end, "{} data files are still marked", marks());
-        std::thread::sleep(Duration::from_millis(20));
-    }
-    // Other tests mount meanwhile, and take down what they find to be a dead process's.
-    let prefix = format!("{}-", both[0].as_raw_nonzero());
-    for entry in fs::read_dir("/run/loris/mounts").unwrap().filter_map(Result::ok) {
-        if entry.file_name().to_string_lossy().starts_with(&prefix) {
-            fs::remove_file(entry.path()).unwrap();
+    let name = readable(&place);
+    for flags in [&[][..], &["--rw"]] {
+        let at = place.make(&format!("mnt{}", flags.concat()));
+        ok(place.loris("mount --engine fanotify").args(flags).arg(&name).arg(&at));
+        let both = [server(&at, false, &[]), server(&at, true, &[])];
+        let sums = || {
+            let script = "find . -type f -print0 | sort -z | xargs -0 cksum";
+            ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
+        };
+        let expected = sums();
+        let register = registers(both[0]).into_iter().find(|path| path.extension().unwrap() == "mounts").unwrap();
+        let end = Instant::now() + LIMIT;
+        while !fs::read_to_string(&register).unwrap().contains(&format!("\0={}", at.display())) {
+            assert!(Instant::now() < end, "{:?}", fs::read_to_string(&register));
+            std::thread::sleep(Duration::from_millis(20));
         }
+        kill_together(&both);
+        // What the kernel has cached would prove nothing.
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        assert_eq!(sums(), expected);
+        let other = place.make("other");
+        ok(place.loris("mount --engine fanotify").arg(&name).arg(&other));
+        ok(place.loris("umount").arg(&other));
+        fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
+        assert_eq!(sums(), expected, "{flags:?}: after another one has started");
+        assert_eq!(registers(both[0]).len(), 2, "the register stays, with its note");
+        ok(place.loris("umount").arg(&at));
+        assert_eq!(registers(both[0]), Vec::<PathBuf>::new());
+        place.assert_clean();
     }
-    both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
-    both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
-    // What the kernel has cached would prove nothing.
-    fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
-    assert_eq!(sums(), expected);
-    ok(place.loris("umount").arg(&at));
-    place.assert_clean();
 }
 
 #[test]

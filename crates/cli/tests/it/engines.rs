@@ -35,7 +35,7 @@ fn the_doctor_tells_what_works_and_leaves_nothing() {
     }
     let report = ok(&mut place.loris("doctor --json")).json();
     let names: Vec<_> = report["engines"].as_array().unwrap().iter().map(|engine| &engine["name"]).collect();
-    assert_eq!(names, ["fanotify", "erofs-fuse", "fuse"]);
+    assert_eq!(names, ["fanotify", "erofs-fuse", "erofs-loop", "fuse"]);
     for engine in report["engines"].as_array().unwrap() {
         assert_eq!(engine["works"] == false, engine["remedy"].is_string(), "{engine}");
     }

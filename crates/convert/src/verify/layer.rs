@@ -12,10 +12,9 @@ use loris_format::{
         footer::FOOTER_BYTES,
         toc::{
             Entry, EntryType, LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME,
-            UNCOMPRESSED_SIZE_ANNOTATION,
+            UNCOMPRESSED_SIZE_ANNOTATION, is_same_time,
         },
     },
-    index::Timestamp,
     limits::Limits,
     tar::{self, EntryKind, path},
 };
@@ -245,7 +244,7 @@ impl<R: Read> Comparison<'_, '_, R> {
         if entry.size != row.size {
             differ("size", &entry.size, &row.size);
         }
-        if !same_time(entry.mtime, row.modtime) {
+        if !is_same_time(entry.mtime, row.modtime) {
             differ("time", &entry.mtime, &row.modtime);
         }
         if entry.link != row.link_name.as_ref() {
@@ -355,10 +354,4 @@ fn entry_type(kind: EntryKind) -> EntryType {
         EntryKind::Directory => EntryType::Directory,
         EntryKind::Fifo => EntryType::Fifo,
     }
-}
-
-/// The reference rounds times to the nearest second, and writes nothing for the first second of 1970.
-fn same_time(tar: Timestamp, toc: Timestamp) -> bool {
-    let rounded = tar.seconds + i64::from(tar.nanoseconds >= 500_000_000);
-    tar == toc || (toc.nanoseconds == 0 && (toc.seconds == rounded || toc.seconds == tar.seconds))
 }

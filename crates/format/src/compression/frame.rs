@@ -59,6 +59,69 @@ impl FrameDecoder {
         }
     }
 
+    /// Decodes all of a frame, as far as `most` bytes: also what stands behind the first `decoded_length` bytes, which it
+    /// must have. Returns what was decoded, and whether that is all of it, sound to its end.
+    ///
+    /// # Errors
+    /// As [`FrameDecoder::decode`]; damage behind the first `decoded_length` bytes is none.
+    pub fn decode_all(
+        &mut self,
+        codec: Codec,
+        compressed: &[u8],
+        decoded_length: u64,
+        most: u64,
+        limits: &Limits,
+    ) -> Result<(Vec<u8>, bool), Error> {
+        let most = usize::try_from(most.min(limits.frame_bytes)).unwrap_or(usize::MAX);
+        let all = match codec {
+            Codec::Stored => (compressed.len() <= most).then(|| compressed.to_vec()),
+            Codec::Gzip => self.one_member(compressed, most).or_else(|| gzip_all(compressed, most)),
+            Codec::Zstd => self.zstd_all(compressed, most),
+        };
+        match all {
+            Some(decoded) if decoded.len() as u64 >= decoded_length => Ok((decoded, true)),
+            _ => Ok((self.decode(codec, compressed, decoded_length, limits)?, false)),
+        }
+    }
+
+    /// Decodes a frame that is one member for certain: its first bytes occur nowhere else in it.
+    fn one_member(&mut self, compressed: &[u8], most: usize) -> Option<Vec<u8>> {
+        const METHOD_DEFLATE: u8 = 8;
+        let first = [gzip::MAGIC[0], gzip::MAGIC[1], METHOD_DEFLATE];
+        if compressed.get(1..)?.windows(3).any(|bytes| bytes == first) {
+            return None;
+        }
+        let stated = u32::from_le_bytes(*compressed.last_chunk()?) as usize;
+        if stated > most {
+            return None;
+        }
+        let mut decoded = vec![0; stated];
+        let found = self.deflate.gzip_decompress(compressed, &mut decoded).ok()?;
+        (found == stated).then_some(decoded)
+    }
+
+    fn zstd_all(&mut self, compressed: &[u8], most: usize) -> Option<Vec<u8>> {
+        const STEP: usize = 128 << 10;
+        let _ = self.zstd.reset(zstd_safe::ResetDirective::SessionOnly);
+        let mut decoded = Vec::new();
+        let mut source = InBuffer::around(compressed);
+        let mut hint = 0;
+        while source.pos() < compressed.len() || hint != 0 {
+            if decoded.len() > most {
+                return None;
+            }
+            let before = (source.pos(), decoded.len());
+            decoded.reserve(STEP);
+            let at = decoded.len();
+            let mut target = OutBuffer::around_pos(&mut decoded, at);
+            hint = self.zstd.decompress_stream(&mut target, &mut source).ok()?;
+            if before == (source.pos(), decoded.len()) {
+                return None;
+            }
+        }
+        (decoded.len() <= most).then_some(decoded)
+    }
+
     /// Decodes a frame of one member that ends soon enough behind what is needed. `None` where the frame is not such a
     /// one or is corrupt: then the other way shall say so, since the damage may be behind what is needed.
     fn whole_member(&mut self, compressed: &[u8], length: usize) -> Option<Vec<u8>> {
@@ -143,6 +206,35 @@ fn gzip_prefix(compressed: &[u8], length: usize) -> Result<Vec<u8>, Error> {
         }
     }
     enough(decoded, length, filled)
+}
+
+/// Decodes members up to the end of the input, where there are only members.
+fn gzip_all(compressed: &[u8], most: usize) -> Option<Vec<u8>> {
+    const STEP: usize = 128 << 10;
+    let mut decoded = Vec::new();
+    let mut inflate = gzip::Inflate::new();
+    let mut source = 0;
+    let mut filled = 0;
+    loop {
+        if filled == decoded.len() {
+            if filled > most {
+                return None;
+            }
+            decoded.resize(filled + STEP.max(compressed.len()), 0);
+        }
+        let rest = compressed.get(source..).filter(|rest| !rest.is_empty())?;
+        let gzip::Step { consumed, produced, ended } = inflate.step(rest, &mut decoded[filled..]);
+        source += consumed;
+        filled += produced;
+        if ended.ok()? {
+            if source == compressed.len() {
+                break;
+            }
+            inflate.reset();
+        }
+    }
+    decoded.truncate(filled);
+    (filled <= most).then_some(decoded)
 }
 
 fn enough(mut decoded: Vec<u8>, expected: usize, found: usize) -> Result<Vec<u8>, Error> {

@@ -360,3 +360,34 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn all_of_a_frame_is_all_of_its_members() {
+    let level = GzipLevel::new(6).unwrap();
+    let (content, rest) = (vec![b'c'; 70_000], vec![b'r'; 3000]);
+    let both = [content.clone(), rest.clone()].concat();
+    let zstd = |data: &[u8]| super::zstd::zstd_frame(3, data);
+    let gzip = |data: &[u8]| gzip_member(level, data);
+    let cases: [(&str, Codec, Vec<u8>); 5] = [
+        ("one member", Codec::Gzip, gzip(&both)),
+        ("two members", Codec::Gzip, [gzip(&content), gzip(&rest)].concat()),
+        ("one frame", Codec::Zstd, zstd(&both)),
+        ("two frames", Codec::Zstd, [zstd(&content), zstd(&rest)].concat()),
+        ("stored", Codec::Stored, both.clone()),
+    ];
+    let limits = Limits::default();
+    let mut decoder = FrameDecoder::new();
+    let length = content.len() as u64;
+    for (name, codec, compressed) in cases {
+        let mut all = |compressed: &[u8], most| decoder.decode_all(codec, compressed, length, most, &limits);
+        assert_eq!(all(&compressed, 1 << 20).unwrap(), (both.clone(), true), "{name}");
+        // Too much, or damaged behind the content: the content alone.
+        assert_eq!(all(&compressed, length).unwrap(), (content.clone(), false), "{name}");
+        // A block of zstd is all or nothing.
+        if name.starts_with("two") {
+            let cut = &compressed[..compressed.len() - 2];
+            assert_eq!(all(cut, 1 << 20).unwrap(), (content.clone(), false), "{name}");
+        }
+        assert!(all(&compressed[..8], 1 << 20).is_err(), "{name}");
+    }
+}

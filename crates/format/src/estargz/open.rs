@@ -46,6 +46,9 @@ const GUESS_MOST: u64 = 1 << 20;
 /// Deflate's densest code.
 const DEFLATE_DENSITY: u64 = 1032;
 
+/// An entry of a regular file has about as many bytes of JSON. Room is made for as many as a table then has.
+const USUAL_ENTRY_BYTES: usize = 480;
+
 /// Who must vouch for a layer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Trust {
@@ -268,6 +271,7 @@ pub fn index(
         Trust::Optional => MissingDigest::Allow,
     };
     let mut builder = IndexBuilder::new(payload_end, missing_digest, limits.clone());
+    builder.reserve(json.len() / USUAL_ENTRY_BYTES);
     let mut size = 0;
     let mut entries = 0;
     toc::read(json, limits, |number, entry| {

@@ -158,3 +158,10 @@ pub fn to_utf8(bytes: &[u8]) -> Cow<'_, str> {
     }
     Cow::Owned(text)
 }
+/// Says whether a time in a table of contents is that of an entry of the tar. The reference rounds times to the nearest
+/// second, and writes nothing for the first second of 1970.
+#[must_use]
+pub fn is_same_time(tar: Timestamp, toc: Timestamp) -> bool {
+    let rounded = tar.seconds.saturating_add(i64::from(tar.nanoseconds >= 500_000_000));
+    tar == toc || (toc.nanoseconds == 0 && (toc.seconds == rounded || toc.seconds == tar.seconds))
+}

@@ -225,7 +225,7 @@ impl IndexBuilder {
         self.last_entry = number;
         self.last_name.clear();
         self.last_name.extend_from_slice(name);
-        self.place(number, attributes, kind).map_err(|problem| IndexError::new(number, name, problem))
+        self.place(number, name, attributes, kind).map_err(|problem| IndexError::new(number, name, problem))
     }
 
     /// Takes the next chunk of the file that was pushed last; `number` as for [`IndexBuilder::push`]. Chunks must come in the order of the file, without gap.
@@ -257,6 +257,15 @@ impl IndexBuilder {
         file.covered += chunk.length;
         self.chunks.push(chunk);
         Ok(())
+    }
+
+    /// Makes room for so many more entries, chunks included. Whoever knows about how many will come spares the copying that
+    /// growing costs; memory that is not used is not taken.
+    pub fn reserve(&mut self, entries: usize) {
+        let entries = entries.min(self.limits.entries);
+        self.nodes.reserve(entries);
+        self.chunks.reserve(entries);
+        self.names.reserve(entries);
     }
 
     /// Returns the name of the entry that was pushed last, as it was given; empty before the first.

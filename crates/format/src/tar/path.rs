@@ -4,6 +4,8 @@
 //! Container runtimes resolve such names as text, at the root of the image; so does this module, as Go's
 //! `path.Clean("/" + name)` does.
 
+use std::borrow::Cow;
+
 use crate::limits::Limits;
 
 /// Why a path cannot be one inside an image.
@@ -57,11 +59,26 @@ pub enum InvalidPath {
 /// # Ok::<(), path::InvalidPath>(())
 /// ```
 pub fn clean(path: &[u8], limits: &Limits) -> Result<Vec<u8>, InvalidPath> {
+    cleaned(path, limits).map(Cow::into_owned)
+}
+
+/// Does what [`clean`] does, and copies nothing where the path is clean but for slashes at its end, as most are.
+pub(crate) fn cleaned<'a>(path: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, InvalidPath> {
     if path.len() > limits.path_bytes {
         return Err(InvalidPath::TooLong { path: shown(path), limit: limits.path_bytes });
     }
     if path.contains(&0) {
         return Err(InvalidPath::Nul { path: shown(path) });
+    }
+    let end = path.iter().rposition(|&byte| byte != b'/').map_or(0, |last| last + 1);
+    let plain = &path[..end];
+    let mut depth = 0;
+    let is_clean = plain.split(|&byte| byte == b'/').all(|name| {
+        depth += 1;
+        !matches!(name, b"" | b"." | b"..") && name.len() <= limits.name_bytes
+    });
+    if is_clean && depth <= limits.depth {
+        return Ok(Cow::Borrowed(plain));
     }
     let mut clean = Vec::with_capacity(path.len());
     let mut depth = 0_usize;
@@ -88,7 +105,7 @@ pub fn clean(path: &[u8], limits: &Limits) -> Result<Vec<u8>, InvalidPath> {
             }
         }
     }
-    Ok(clean)
+    Ok(Cow::Owned(clean))
 }
 
 /// Returns the components of a clean path, from the root down; none for the root.

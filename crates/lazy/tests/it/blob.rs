@@ -18,11 +18,13 @@ pub struct Shape {
     pub landmark: Option<usize>,
     /// Whether chunks have digests.
     pub digests: bool,
+    /// The mode of files in the table of contents; in the tar it is 0644.
+    pub mode: u32,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { chunk_bytes: 4096, files_per_member: 1, landmark: None, digests: true }
+        Self { chunk_bytes: 4096, files_per_member: 1, landmark: None, digests: true, mode: 0o644 }
     }
 }
 
@@ -137,7 +139,7 @@ impl Writer {
             let fields = entry.as_object_mut().unwrap();
             if number == 0 {
                 fields.insert("size".to_owned(), json!(content.len()));
-                fields.insert("mode".to_owned(), json!(0o644));
+                fields.insert("mode".to_owned(), json!(shape.mode));
             } else {
                 fields.insert("chunkOffset".to_owned(), json!(number * shape.chunk_bytes));
             }

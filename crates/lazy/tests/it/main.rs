@@ -5,6 +5,7 @@ mod blob;
 mod content;
 mod keeping;
 mod open;
+mod proof;
 mod quota;
 mod read;
 mod restart;

@@ -20,7 +20,10 @@ use crate::{
 const ANNOTATION: &str = "containerd.io/snapshot/stargz/toc.digest";
 
 fn config(layers: usize) -> (Descriptor, Bytes) {
-    let diff_ids: Vec<String> = (0..layers).map(|_| Digest::sha256_of(b"tar").to_string()).collect();
+    config_of(&vec![Digest::sha256_of(b"tar").to_string(); layers])
+}
+
+pub(crate) fn config_of(diff_ids: &[String]) -> (Descriptor, Bytes) {
     let config = json!({
         "architecture": "amd64",
         "os": "linux",
@@ -30,7 +33,7 @@ fn config(layers: usize) -> (Descriptor, Bytes) {
     (Descriptor::new(media_type::OCI_CONFIG, Digest::sha256_of(&bytes), bytes.len() as u64), bytes)
 }
 
-fn manifest(config: Descriptor, layers: Vec<Descriptor>) -> Manifest {
+pub(crate) fn manifest(config: Descriptor, layers: Vec<Descriptor>) -> Manifest {
     Manifest {
         schema_version: 2,
         media_type: media_type::OCI_MANIFEST.to_owned(),

@@ -294,7 +294,7 @@ async fn damage_under_another_user_is_not_repaired() {
     let again = case.try_open().await.unwrap();
     assert_eq!(again.data_file().metadata().unwrap().ino(), layer.data_file().metadata().unwrap().ino());
     case.check_all(&layer).await;
-    assert!(again.is_complete());
+    assert!(again.is_whole());
 }
 
 #[tokio::test]

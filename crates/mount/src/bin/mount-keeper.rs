@@ -6,7 +6,7 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let mut arguments = std::env::args_os().skip(1);
     if arguments.next().is_none_or(|verb| verb != loris_mount::keeper::VERB) {
-        eprintln!("usage: mount-keeper {} MODE -- COMMAND...", loris_mount::keeper::VERB);
+        eprintln!("usage: mount-keeper {} MODE PATIENCE -- COMMAND...", loris_mount::keeper::VERB);
         return ExitCode::from(2);
     }
     loris_mount::keeper::main(&arguments.collect::<Vec<_>>())

@@ -42,6 +42,8 @@ pub struct EngineReport {
     pub fanotify: Ability,
     /// [`Engine::ErofsFuse`].
     pub erofs_fuse: Ability,
+    /// [`Engine::ErofsLoop`].
+    pub erofs_loop: Ability,
     /// [`Engine::Fuse`].
     pub fuse: Ability,
 }
@@ -49,8 +51,8 @@ pub struct EngineReport {
 impl EngineReport {
     /// Puts a report together.
     #[must_use]
-    pub fn new(fanotify: Ability, erofs_fuse: Ability, fuse: Ability) -> Self {
-        Self { fanotify, erofs_fuse, fuse }
+    pub fn new(fanotify: Ability, erofs_fuse: Ability, erofs_loop: Ability, fuse: Ability) -> Self {
+        Self { fanotify, erofs_fuse, erofs_loop, fuse }
     }
 
     /// Returns whether an engine works, or why not and what to do.
@@ -59,6 +61,7 @@ impl EngineReport {
         match engine {
             Engine::Fanotify => &self.fanotify,
             Engine::ErofsFuse => &self.erofs_fuse,
+            Engine::ErofsLoop => &self.erofs_loop,
             Engine::Fuse => &self.fuse,
         }
     }
@@ -86,9 +89,12 @@ fn look(store: &Path) -> EngineReport {
     let missing = abilities.missing_for(crate::probe::Wish::ReadOnly);
     let fuse = missing.first().map_or(Ability::Present, |&ability| ability.clone());
     if !abilities.is_admin() {
-        return EngineReport::new(abilities.admin.clone(), abilities.admin, fuse);
+        let [one, other] = [abilities.admin.clone(), abilities.admin.clone()];
+        return EngineReport::new(one, other, abilities.admin, fuse);
     }
-    EngineReport::new(ability(try_fanotify(store)), ability(try_erofs_fuse(store)), fuse)
+    let plain = ability(try_erofs_fuse(store, Over::Files));
+    let looped = ability(try_erofs_fuse(store, Over::Loops));
+    EngineReport::new(ability(try_fanotify(store)), plain, looped, fuse)
 }
 
 /// Why an engine does not work.
@@ -108,6 +114,7 @@ const UPDATE: &str = "use Linux 6.15 or newer, built with CONFIG_FANOTIFY_ACCESS
 const ROOT: &str = "run as root of the machine, outside of any user namespace";
 const PLACE: &str = "put the store on ext4, XFS or btrfs (`--cache-dir`)";
 const FILE_BACKED: &str = "use Linux 6.12 or newer, built with CONFIG_EROFS_FS and CONFIG_EROFS_FS_BACKED_BY_FILE";
+const BLOCK_BACKED: &str = "use a kernel built with CONFIG_EROFS_FS and CONFIG_BLK_DEV_LOOP";
 const REPORT: &str = "this was not expected: please report it, with the kernel's version";
 
 fn try_fanotify(store: &Path) -> Result<(), Missing> {
@@ -132,7 +139,7 @@ fn try_fanotify(store: &Path) -> Result<(), Missing> {
         let store = store.display();
         Missing { reason: format!("the kernel does not ask before files in {store} are read: {error}"), remedy }
     })?;
-    let mount = image.mount(&path_of(&device))?;
+    let mount = image.mount(&path_of(&device), Over::Files)?;
     let content = tiny::content();
     let stop = eventfd(0, EventfdFlags::CLOEXEC).map_err(unexpected)?;
     let (asked, read) = std::thread::scope(|scope| {
@@ -186,19 +193,19 @@ fn answer_one(group: &Group, file: &File, content: &[u8], stop: &OwnedFd) -> io:
     filled.map(|()| true)
 }
 
-fn try_erofs_fuse(store: &Path) -> Result<(), Missing> {
+fn try_erofs_fuse(store: &Path, over: Over) -> Result<(), Missing> {
     let image = Image::write(store)?;
     let content = tiny::content();
     let devices =
         DeviceMount::serve(vec![Device::Bytes(content.clone())], 1).map_err(|Refusal { source, detail }| {
             let remedy = match source.raw_os_error() {
                 Some(libc::EPERM) => ROOT,
-                Some(libc::ENOSYS) => FILE_BACKED,
+                Some(libc::ENOSYS) => over.remedy(),
                 _ => crate::probe::fuse_device_remedy(&source),
             };
             Missing { reason: format!("FUSE cannot be mounted: {source}{detail}"), remedy }
         })?;
-    let mount = image.mount(&devices.path(0))?;
+    let mount = image.mount(&devices.path(0), over)?;
     match read_file(&mount).map_err(unexpected)? {
         found if found == content => Ok(()),
         _ => Err(Missing { reason: "EROFS does not show what FUSE serves".to_owned(), remedy: REPORT }),
@@ -207,6 +214,29 @@ fn try_erofs_fuse(store: &Path) -> Result<(), Missing> {
 
 fn unexpected(error: impl std::fmt::Display) -> Missing {
     Missing { reason: error.to_string(), remedy: REPORT }
+}
+
+/// What EROFS is mounted over.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Files,
+    Loops,
+}
+
+impl Over {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Files => "plain files",
+            Self::Loops => "loop devices",
+        }
+    }
+
+    fn remedy(self) -> &'static str {
+        match self {
+            Self::Files => FILE_BACKED,
+            Self::Loops => BLOCK_BACKED,
+        }
+    }
 }
 
 /// The bootstrap of the tiny image, in a file without a name.
@@ -221,17 +251,20 @@ impl Image {
     }
 
     /// Mounts it over a device, nowhere.
-    fn mount(&self, device: &Path) -> Result<OwnedFd, Missing> {
-        create(&path_of(&self.0), &[device.to_owned()], &ErofsOptions::default()).map_err(
-            |Refusal { source, detail }| {
-                let remedy = match source.raw_os_error() {
-                    Some(libc::ENODEV | libc::ENOSYS | libc::ENOTBLK | libc::EINVAL) => FILE_BACKED,
-                    Some(libc::EPERM) => ROOT,
-                    _ => REPORT,
-                };
-                Missing { reason: format!("EROFS over plain files cannot be mounted: {source}{detail}"), remedy }
-            },
-        )
+    fn mount(&self, device: &Path, over: Over) -> Result<OwnedFd, Missing> {
+        let options = ErofsOptions { loops: over == Over::Loops, ..ErofsOptions::default() };
+        create(&path_of(&self.0), &[device.to_owned()], &options).map_err(|Refusal { source, detail }| {
+            let remedy = match (source.raw_os_error(), over) {
+                (Some(libc::ENODEV | libc::ENOSYS | libc::ENOTBLK | libc::EINVAL), over) => over.remedy(),
+                (Some(libc::ENOENT | libc::ENXIO), Over::Loops) => {
+                    "load the kernel module with `modprobe loop`; in a container, give it /dev/loop-control and /dev/loop*"
+                }
+                (Some(libc::EPERM | libc::EACCES), _) => ROOT,
+                _ => REPORT,
+            };
+            let over = over.name();
+            Missing { reason: format!("EROFS over {over} cannot be mounted: {source}{detail}"), remedy }
+        })
     }
 }
 
@@ -274,12 +307,17 @@ mod tests {
 
     #[test]
     fn the_best_engine_comes_first() {
-        let missing = || Ability::missing("x", "y");
+        let report = |works: [bool; 4]| {
+            let ability = |works| if works { Ability::Present } else { Ability::missing("x", "y") };
+            let [fanotify, erofs_fuse, erofs_loop, fuse] = works.map(ability);
+            EngineReport::new(fanotify, erofs_fuse, erofs_loop, fuse)
+        };
         let cases = [
-            (EngineReport::new(Ability::Present, Ability::Present, Ability::Present), &Engine::ALL[..]),
-            (EngineReport::new(missing(), Ability::Present, Ability::Present), &Engine::ALL[1..]),
-            (EngineReport::new(Ability::Present, missing(), missing()), &[Engine::Fanotify]),
-            (EngineReport::new(missing(), missing(), missing()), &[]),
+            (report([true; 4]), &Engine::ALL[..]),
+            (report([false, true, true, true]), &Engine::ALL[1..]),
+            (report([false, false, true, true]), &Engine::ALL[2..]),
+            (report([true, false, false, false]), &[Engine::Fanotify]),
+            (report([false; 4]), &[]),
         ];
         for (report, usable) in cases {
             assert_eq!(report.usable(), usable, "{report:?}");
@@ -308,7 +346,7 @@ mod tests {
     #[test]
     fn a_store_that_is_not_there() {
         let report = look(Path::new("/no/such/place"));
-        for engine in [Engine::Fanotify, Engine::ErofsFuse] {
+        for engine in [Engine::Fanotify, Engine::ErofsFuse, Engine::ErofsLoop] {
             assert!(matches!(report.ability(engine), Ability::Missing { .. }), "{engine}");
         }
     }

@@ -7,7 +7,8 @@
 //!
 //! The mount is never attached: EROFS opens the files through a descriptor ([`DeviceMount::path`]), and holds the mount
 //! by them. So it is in nobody's list of mounts, needs no directory, and goes with the EROFS, whoever unmounts that, also
-//! where this process was killed. What the kernel reads after that fails; it never reads zeros.
+//! where this process was killed. What the kernel reads after that fails; it never reads zeros. Where it is to
+//! [survive](survival) that, readers wait for a successor.
 //!
 //! A device is read past its page cache ([`FopenFlags::FOPEN_DIRECT_IO`]), since EROFS has one of its own in front. The
 //! kernel asks for what EROFS reads at once: at most 128 KiB, its default readahead.
@@ -16,22 +17,15 @@
 //! answer for zeros.
 
 use std::{
-    ffi::OsStr,
+    cell::RefCell,
     fs::OpenOptions,
     io,
-    os::{
-        fd::{AsRawFd, OwnedFd},
-        unix::ffi::OsStrExt,
-    },
+    os::fd::{AsRawFd, OwnedFd},
     path::PathBuf,
-    sync::{Arc, mpsc},
-    time::UNIX_EPOCH,
+    sync::Arc,
+    time::{Duration, Instant},
 };
 
-use fuser::{
-    FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner,
-    OpenAccMode, OpenFlags, ReplyAttr, ReplyData, ReplyEntry, ReplyOpen, Request,
-};
 use loris_format::position::{DataOffset, DataRange};
 use loris_lazy::{LazyLayer, ReadError};
 use rustix::{io::Errno, mount::MountAttrFlags};
@@ -40,15 +34,23 @@ use tokio::{
     sync::{Semaphore, watch},
 };
 
+use self::{
+    survival::Survival,
+    wire::{Attributes, Connection, Question, REQUEST_BYTES, Request},
+};
 use super::{
-    DEVICE, FOR_EVER, GOODBYE, MAX_BACKGROUND, MAX_FETCHES, MAX_READ,
+    DEVICE, GOODBYE, MAX_BACKGROUND, MAX_FETCHES, MAX_READ,
     content::{BLOCK, errno},
-    start,
 };
 use crate::{
     MOUNT_NAME,
     fsopen::{Context, Refusal},
+    keeper::{Asking, Inherited, dismiss},
+    pager::{OnDeath, PagerError, PagerOptions},
 };
+
+mod survival;
+pub(crate) mod wire;
 
 /// What a device holds.
 pub(crate) enum Device {
@@ -74,8 +76,12 @@ impl Device {
 pub(crate) struct DeviceMount {
     /// `None` once nobody is to open a device any more.
     root: Option<OwnedFd>,
+    connection: Arc<Connection>,
+    /// Whether a successor could go on.
+    can_resend: bool,
     stop: watch::Sender<bool>,
-    session: mpsc::Receiver<()>,
+    ended: watch::Receiver<bool>,
+    survival: Option<Survival>,
 }
 
 impl DeviceMount {
@@ -101,11 +107,80 @@ impl DeviceMount {
             | MountAttrFlags::MOUNT_ATTR_NOSUID
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let root = context.mount(attributes)?;
+        let connection = Connection::new(device.into());
+        let failed = |source| Refusal { source, detail: "; handshake of FUSE".to_owned() };
+        let agreed = connection.handshake(MAX_READ, MAX_BACKGROUND).map_err(failed)?;
+        Self::start(Some(root), connection, agreed.resend, devices, threads).map_err(failed)
+    }
+
+    /// Goes on where a killed process was. `layers` are those that it served, as its devices, in the same order.
+    ///
+    /// # Errors
+    /// The old keeper stays as it is then, and starts another successor when this process ends.
+    pub(crate) fn resume(
+        inherited: Inherited,
+        layers: &[Arc<LazyLayer>],
+        options: &PagerOptions,
+        threads: usize,
+        runtime: &Handle,
+    ) -> Result<Self, PagerError> {
+        let Inherited { asking, journal, register, files: _, keeper } = inherited;
+        let Asking::Requests { connection } = asking else {
+            return Err(PagerError::Keeper(io::Error::new(io::ErrorKind::InvalidData, "it kept no devices")));
+        };
+        let devices = layers.iter().map(|layer| Device::Layer(Arc::clone(layer), runtime.clone())).collect();
+        let connection = Connection::new(connection);
+        // Before anything is read by this process, which would be sent to it twice.
+        connection.resend().map_err(PagerError::Connection)?;
+        let mut mount = Self::start(None, connection, true, devices, threads).map_err(PagerError::Threads)?;
+        mount.survival = Some(Survival::resume(&mount.connection, journal, register, layers, options)?);
+        // Only now does the old keeper know of nobody to care for.
+        dismiss(&keeper);
+        Ok(mount)
+    }
+
+    fn start(
+        root: Option<OwnedFd>,
+        connection: Connection,
+        can_resend: bool,
+        devices: Vec<Device>,
+        threads: usize,
+    ) -> io::Result<Self> {
+        let connection = Arc::new(connection);
         let (stop, stopped) = watch::channel(false);
-        let served = Arc::new(Devices { devices, fetches: Semaphore::new(MAX_FETCHES), stop: stopped });
-        let session = super::protocol::session(Served(served), device.into(), threads).and_then(start);
-        let (_, session) = session.map_err(|source| Refusal { source, detail: "; handshake of FUSE".to_owned() })?;
-        Ok(Self { root: Some(root), stop, session })
+        let (alive, ended) = watch::channel(false);
+        let devices = Arc::new(Devices { devices, fetches: Semaphore::new(MAX_FETCHES), stop: stopped });
+        let alive = Arc::new(Alive(alive));
+        for number in 0..threads.max(1) {
+            let (connection, devices, alive) = (Arc::clone(&connection), Arc::clone(&devices), Arc::clone(&alive));
+            let thread = std::thread::Builder::new().name(format!("loris-devices-{number}"));
+            thread.spawn(move || {
+                if let Err(error) = serve(&connection, &devices) {
+                    tracing::error!(%error, "a thread that serves devices has ended");
+                }
+                drop(alive);
+            })?;
+        }
+        Ok(Self { root, connection, can_resend, stop, ended, survival: None })
+    }
+
+    /// Lets the devices outlive this process, where `options` say that a successor is to be started, and the kernel can
+    /// ask it again what it had asked this process. `layers` are the devices.
+    pub(crate) fn survive(&mut self, layers: &[Arc<LazyLayer>], options: &PagerOptions) -> Result<(), PagerError> {
+        if !matches!(options.on_death, OnDeath::Restart(_)) {
+            return Ok(());
+        }
+        if !self.can_resend {
+            tracing::info!("the mount will not outlive this process: that takes Linux 6.9, or another engine");
+            return Ok(());
+        }
+        self.survival = Some(Survival::start(&self.connection, layers, options)?);
+        Ok(())
+    }
+
+    /// Notes at which directories what is mounted over the devices is to be found, the uppermost first.
+    pub(crate) fn attached(&self, mountpoints: &[PathBuf]) -> Result<(), PagerError> {
+        self.survival.as_ref().map_or(Ok(()), |survival| survival.attached(mountpoints))
     }
 
     /// Returns a way to a device: for this process, and before [`DeviceMount::seal`]; afterwards it leads nowhere.
@@ -119,13 +194,22 @@ impl DeviceMount {
         self.root = None;
     }
 
+    /// Waits until nobody has a device open any more.
+    pub(crate) async fn ended(&self) {
+        // An error means that the threads have ended.
+        let _ = self.ended.clone().wait_for(|ended| *ended).await;
+    }
+
     /// Ends the serving of content that is not here: such reads fail from now on. What is here is served for as long as
     /// somebody has a device open. Waits a moment for the last user to let go, where `whole` says that there is none.
-    pub(crate) fn stop(&mut self, whole: bool) {
-        self.seal();
-        // Nobody ever sends: this waits for the other end to go.
-        if whole && self.session.recv_timeout(GOODBYE) == Err(mpsc::RecvTimeoutError::Timeout) {
-            tracing::debug!("devices are still in use");
+    pub(crate) fn stop(&self, whole: bool) {
+        let end = Instant::now() + GOODBYE;
+        while whole && !*self.ended.borrow() {
+            if Instant::now() > end {
+                tracing::debug!("devices are still in use");
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
         self.stop.send_replace(true);
     }
@@ -137,6 +221,15 @@ impl Drop for DeviceMount {
     }
 }
 
+/// Says that all threads have ended, when the last of them has.
+struct Alive(watch::Sender<bool>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.send_replace(true);
+    }
+}
+
 struct Devices {
     devices: Vec<Device>,
     fetches: Semaphore,
@@ -145,14 +238,29 @@ struct Devices {
 
 impl Devices {
     /// Returns a device and the part of it that a read covers; `None` behind its end.
-    fn part(&self, number: INodeNo, offset: u64, size: u32) -> Result<Option<(&Device, DataRange)>, Errno> {
-        let device = self.device(number).ok_or(Errno::NOENT)?;
+    fn part(&self, node: u64, offset: u64, size: u32) -> Result<Option<(&Device, DataRange)>, Errno> {
+        let device = self.device(node).ok_or(Errno::NOENT)?;
         let end = offset.saturating_add(size.into()).min(device.length());
         Ok((offset < end).then_some((device, DataOffset(offset)..DataOffset(end))))
     }
 
-    fn device(&self, number: INodeNo) -> Option<&Device> {
-        self.devices.get(usize::try_from(number.0.checked_sub(FIRST)?).ok()?)
+    fn device(&self, node: u64) -> Option<&Device> {
+        self.devices.get(usize::try_from(node.checked_sub(FIRST)?).ok()?)
+    }
+
+    fn attributes(&self, node: u64) -> Result<Attributes, Errno> {
+        if node == ROOT {
+            return Ok(Attributes { node, size: 0, mode: libc::S_IFDIR | 0o500, links: 2 });
+        }
+        let size = self.device(node).ok_or(Errno::NOENT)?.length();
+        Ok(Attributes { node, size, mode: libc::S_IFREG | 0o400, links: 1 })
+    }
+
+    /// Returns what stands at a name of a directory.
+    fn lookup(&self, directory: u64, name: &[u8]) -> Result<Attributes, Errno> {
+        let number = std::str::from_utf8(name).ok().and_then(|name| name.parse::<u64>().ok());
+        let node = number.filter(|_| directory == ROOT).and_then(|number| number.checked_add(FIRST));
+        self.attributes(node.ok_or(Errno::NOENT)?)
     }
 
     /// Fills a range of a layer and reads it: waits for the network, and fails when the mount is being taken down.
@@ -217,112 +325,99 @@ async fn repair(layer: &Arc<LazyLayer>, range: &DataRange) -> Result<Vec<u8>, Re
     Ok(buffer)
 }
 
-/// The inode number of the first device; the root is 1.
+/// The node of the root.
+const ROOT: u64 = 1;
+/// The node of the first device.
 const FIRST: u64 = 2;
 
-struct Served(Arc<Devices>);
+/// A request that was read. Dropped without an answer, it is refused: no reader waits for ever.
+struct Reply {
+    connection: Arc<Connection>,
+    unique: u64,
+    is_answered: bool,
+}
 
-impl Served {
-    fn attributes(&self, number: INodeNo) -> Option<FileAttr> {
-        let (kind, size, perm, nlink) = match number {
-            INodeNo::ROOT => (FileType::Directory, 0, 0o500, 2),
-            _ => (FileType::RegularFile, self.0.device(number)?.length(), 0o400, 1),
-        };
-        Some(FileAttr {
-            ino: number,
-            size,
-            blocks: size.div_ceil(512),
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind,
-            perm,
-            nlink,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: BLOCK,
-            flags: 0,
-        })
+impl Reply {
+    fn send(mut self, answer: Result<&[u8], Errno>) {
+        self.is_answered = true;
+        if let Err(error) = self.connection.answer(self.unique, answer) {
+            tracing::error!(%error, "a reader could not be answered");
+        }
     }
 }
 
-impl Filesystem for Served {
-    fn init(&mut self, _request: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // What the kernel offers: reads past the page cache that do not wait for one another.
-        if config.capabilities().contains(InitFlags::FUSE_ASYNC_DIO) {
-            let _ = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        }
-        // Errors tell of values that are too large or too small. The kernel bounds these again by itself.
-        let _ = config.set_max_write(MAX_READ);
-        let _ = config.set_max_background(MAX_BACKGROUND);
-        let _ = config.set_congestion_threshold(MAX_BACKGROUND / 4 * 3);
-        Ok(())
-    }
-
-    fn lookup(&self, _request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        let number = (parent == INodeNo::ROOT)
-            .then(|| std::str::from_utf8(name.as_bytes()).ok()?.parse::<u64>().ok()?.checked_add(FIRST))
-            .flatten();
-        match number.and_then(|number| self.attributes(INodeNo(number))) {
-            Some(attributes) => reply.entry(&FOR_EVER, &attributes, Generation(0)),
-            None => reply.error(fuser::Errno::ENOENT),
+impl Drop for Reply {
+    fn drop(&mut self) {
+        if !self.is_answered {
+            let _ = self.connection.answer(self.unique, Err(Errno::IO));
         }
     }
+}
 
-    fn getattr(&self, _request: &Request, number: INodeNo, _handle: Option<FileHandle>, reply: ReplyAttr) {
-        match self.attributes(number) {
-            Some(attributes) => reply.attr(&FOR_EVER, &attributes),
-            None => reply.error(fuser::Errno::ENOENT),
+thread_local! {
+    /// Where content is read to: at most [`MAX_READ`] bytes for each thread.
+    static CONTENT: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Is a thread that answers requests until the connection ends.
+fn serve(connection: &Arc<Connection>, devices: &Arc<Devices>) -> io::Result<()> {
+    // Written to now: a page fault inside the kernel's copy, while this process is being killed, would make it refuse
+    // the request.
+    let mut buffer = vec![0xff; REQUEST_BYTES];
+    while let Some(length) = connection.read(&mut buffer)? {
+        match Request::parse(&buffer[..length]) {
+            Ok(request) => answer(connection, devices, &request),
+            // It has no number that an answer could have.
+            Err(error) => tracing::error!(%error, "the kernel sent what is not understood"),
         }
     }
+    Ok(())
+}
 
-    fn open(&self, _request: &Request, _number: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        if flags.acc_mode() == OpenAccMode::O_RDONLY {
-            reply.opened(FileHandle(0), FopenFlags::FOPEN_DIRECT_IO);
-        } else {
-            reply.error(fuser::Errno::EROFS);
-        }
+fn answer(connection: &Arc<Connection>, devices: &Arc<Devices>, request: &Request<'_>) {
+    let Request { unique, node, question } = *request;
+    if question == Question::Notice {
+        return;
     }
+    let reply = Reply { connection: Arc::clone(connection), unique, is_answered: false };
+    let write_access = (libc::O_WRONLY | libc::O_RDWR).cast_unsigned();
+    let answer = match question {
+        Question::Lookup(name) => devices.lookup(node, name).map(Attributes::entry),
+        Question::Attributes => devices.attributes(node).map(Attributes::answer),
+        Question::Open(flags) if flags & write_access != 0 => Err(Errno::ROFS),
+        Question::Open(_) => Ok(wire::opened()),
+        Question::Release => Ok(Vec::new()),
+        Question::Read { offset, size } => return read(devices, node, (offset, size.min(MAX_READ)), reply),
+        // In FUSE, this says that the kernel need not ask again.
+        Question::Init { .. } | Question::Notice | Question::Other => Err(Errno::NOSYS),
+    };
+    reply.send(answer.as_deref().map_err(|errno| *errno));
+}
 
-    fn read(
-        &self,
-        _request: &Request,
-        number: INodeNo,
-        _handle: FileHandle,
-        offset: u64,
-        size: u32,
-        _flags: OpenFlags,
-        _lock_owner: Option<LockOwner>,
-        reply: ReplyData,
-    ) {
-        let (device, range) = match self.0.part(number, offset, size) {
-            Ok(Some(part)) => part,
-            Ok(None) => return reply.data(&[]),
-            Err(errno) => return reply.error(fuser::Errno::from_i32(errno.raw_os_error())),
-        };
-        let (layer, runtime) = match device {
-            Device::Layer(layer, runtime) => (layer, runtime),
-            Device::Bytes(bytes) => return reply.data(&slice(bytes, &range)),
-        };
-        let answered = super::protocol::with_buffer(|buffer| match read_if_filled(layer, &range, buffer) {
-            Some(bytes) => {
-                reply.data(bytes);
-                None
-            }
-            None => Some(reply),
+fn read(devices: &Arc<Devices>, node: u64, (offset, size): (u64, u32), reply: Reply) {
+    let (device, range) = match devices.part(node, offset, size) {
+        Ok(Some(part)) => part,
+        Ok(None) => return reply.send(Ok(&[])),
+        Err(errno) => return reply.send(Err(errno)),
+    };
+    let (layer, runtime) = match device {
+        Device::Layer(layer, runtime) => (layer, runtime),
+        Device::Bytes(bytes) => return reply.send(Ok(&slice(bytes, &range))),
+    };
+    let unanswered = CONTENT.with_borrow_mut(|buffer| match read_if_filled(layer, &range, buffer) {
+        Some(bytes) => {
+            reply.send(Ok(bytes));
+            None
+        }
+        None => Some(reply),
+    });
+    if let Some(reply) = unanswered {
+        let (devices, layer) = (Arc::clone(devices), Arc::clone(layer));
+        // Where the runtime is gone, the task is dropped at once, and the reply with it.
+        runtime.spawn(async move {
+            let read = devices.fetch(&layer, range).await;
+            reply.send(read.as_deref().map_err(|errno| *errno));
         });
-        if let Some(reply) = answered {
-            let (devices, layer) = (Arc::clone(&self.0), Arc::clone(layer));
-            // Where the runtime is gone, the task is dropped at once, and the reply, dropped with it, answers `EIO`.
-            runtime.spawn(async move {
-                match devices.fetch(&layer, range).await {
-                    Ok(bytes) => reply.data(&bytes),
-                    Err(errno) => reply.error(fuser::Errno::from_i32(errno.raw_os_error())),
-                }
-            });
-        }
     }
 }
 

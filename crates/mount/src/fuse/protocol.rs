@@ -1,5 +1,4 @@
-//! The FUSE protocol: the kernel's questions, answered out of a tree. The only file that knows the FUSE crate, beside
-//! `devices`, which answers a few of them.
+//! The FUSE protocol: the kernel's questions, answered out of a tree. The only file that knows the FUSE crate.
 //!
 //! The protocol is described in fuse(4) and the kernel's `include/uapi/linux/fuse.h`. `ENOSYS` is an answer of its own
 //! there: the kernel does not ask again, and does what makes sense without.
@@ -36,7 +35,7 @@ thread_local! {
 }
 
 /// Lends the buffer of a FUSE thread.
-pub(super) fn with_buffer<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+fn with_buffer<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
     BUFFER.with_borrow_mut(work)
 }
 
@@ -47,22 +46,13 @@ pub(super) fn handshake(
     device: OwnedFd,
     threads: usize,
 ) -> io::Result<impl FnOnce() -> io::Result<()> + Send + 'static> {
-    session(Protocol { served, kernel: InitFlags::empty() }, device, threads)
-}
-
-/// Agrees with the kernel about the protocol. What is returned serves a file system until it is unmounted.
-pub(super) fn session<F: Filesystem>(
-    file_system: F,
-    device: OwnedFd,
-    threads: usize,
-) -> io::Result<impl FnOnce() -> io::Result<()> + Send + 'static> {
     let mut config = Config::default();
     config.n_threads = Some(threads);
     // Not one descriptor a thread: requests that such a clone has read die with it, and a later version hands the
     // connection over to another process.
     config.clone_fd = false;
     // Who may enter is the kernel's to check, by `allow_other` and `default_permissions`.
-    let session = Session::from_fd(file_system, device, SessionACL::All, config)?;
+    let session = Session::from_fd(Protocol { served, kernel: InitFlags::empty() }, device, SessionACL::All, config)?;
     Ok(move || session.run())
 }
 

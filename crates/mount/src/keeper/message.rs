@@ -44,6 +44,8 @@ pub(super) enum Kind {
     Dismiss = 6,
     /// Refuse all reads until all mounts are gone, and end.
     Refuse = 7,
+    /// In the place of State: connection of FUSE, journal, register.
+    Devices = 8,
 }
 
 impl Message {
@@ -117,6 +119,7 @@ impl Message {
             5 => Kind::Resume,
             6 => Kind::Dismiss,
             7 => Kind::Refuse,
+            8 => Kind::Devices,
             _ => return Err(garbled()),
         };
         let mut number = [0; 8];
@@ -158,7 +161,7 @@ mod tests {
         let mut bytes = [0; LENGTH];
         assert!(Message::parse(&bytes).is_err());
         bytes[..4].copy_from_slice(&VERSION.to_ne_bytes());
-        bytes[4] = 8;
+        bytes[4] = 9;
         assert!(Message::parse(&bytes).is_err());
         bytes[4] = 3;
         assert_eq!(Message::parse(&bytes).unwrap(), Message { kind: Kind::Forget, number: 0 });

@@ -29,10 +29,13 @@ use super::{
     INHERIT,
     message::{Kind, Message, garbled},
 };
-use crate::pager::{
-    event::{Answer, Event},
-    group::Group,
-    journal::Journal,
+use crate::{
+    fuse::devices::wire::{Connection, REQUEST_BYTES},
+    pager::{
+        event::{Answer, Event},
+        group::Group,
+        journal::Journal,
+    },
 };
 
 /// Start a successor.
@@ -45,8 +48,6 @@ const FILES: usize = 8192;
 /// Between attempts to start a successor that does not live.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// After so long without a daemon, readers are refused and no longer kept waiting.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// How often is looked at what does not announce itself.
 const TICK: Duration = Duration::from_millis(50);
 /// As low as it goes for what may still be killed by hand: the kernel kills it last.
@@ -73,9 +74,10 @@ struct Keeper {
     /// Whether the successor is started anew each time, or the mounts are taken down.
     restarts: bool,
     command: Command,
-    group: Group,
+    /// After so long without a daemon, readers are refused and no longer kept waiting.
+    patience: Duration,
+    asks: Asks,
     journal: Journal,
-    inotify: OwnedFd,
     register: OwnedFd,
     generation: u32,
     /// When the daemon died that had started this keeper. A successor that has taken over starts a keeper of its own, so
@@ -83,6 +85,14 @@ struct Keeper {
     died: Option<Instant>,
     pause: Duration,
     files: Vec<Option<(u64, File, File)>>,
+}
+
+/// How the kernel asks.
+enum Asks {
+    /// A group, and inotify for its mounts.
+    Events(Group, OwnedFd),
+    /// A connection of FUSE, and room for a request.
+    Requests(Connection, Box<[u8; REQUEST_BYTES]>),
 }
 
 /// What ended the service of a daemon.
@@ -97,7 +107,8 @@ enum End {
 
 impl Keeper {
     fn start(arguments: &[OsString]) -> io::Result<Self> {
-        let [mode, separator, command @ ..] = arguments else { return Err(garbled()) };
+        let [mode, patience, separator, command @ ..] = arguments else { return Err(garbled()) };
+        let patience = patience.to_str().and_then(|milliseconds| milliseconds.parse().ok()).ok_or_else(garbled)?;
         if separator != "--" || command.is_empty() {
             return Err(garbled());
         }
@@ -112,17 +123,27 @@ impl Keeper {
         set_apart();
 
         let (message, descriptors) = Message::receive(&socket)?;
-        let [group, journal, inotify, register] = <[OwnedFd; 4]>::try_from(descriptors).map_err(|_| garbled())?;
+        let (asks, journal, register) = match message.kind {
+            Kind::State => {
+                let [group, journal, inotify, register] = descriptors_of(descriptors)?;
+                (Asks::Events(Group::from_descriptor(group), inotify), journal, register)
+            }
+            Kind::Devices => {
+                let [connection, journal, register] = descriptors_of(descriptors)?;
+                (Asks::Requests(Connection::new(connection), Box::new([0; REQUEST_BYTES])), journal, register)
+            }
+            _ => return Err(garbled()),
+        };
         let generation = u32::try_from(message.number).map_err(|_| garbled())?;
         let files = (0..FILES).map(|_| None).collect();
-        let (group, journal) = (Group::from_descriptor(group), Journal::attach(journal)?);
+        let journal = Journal::attach(journal)?;
         let mut keeper = Self {
             socket,
             restarts,
             command,
-            group,
+            patience: Duration::from_millis(patience),
+            asks,
             journal,
-            inotify,
             register,
             generation,
             died: None,
@@ -200,9 +221,15 @@ impl Keeper {
 
     /// Gives a successor what its predecessor had. Where it dies over that, the next read of the socket says so.
     fn send_everything(&self) -> io::Result<()> {
-        let state = [self.group.as_fd(), self.journal.memory(), self.inotify.as_fd(), self.register.as_fd()];
+        let (journal, register) = (self.journal.memory(), self.register.as_fd());
+        let number = u64::from(self.generation);
         let send = || {
-            Message { kind: Kind::State, number: u64::from(self.generation) }.send(&self.socket, &state)?;
+            match &self.asks {
+                Asks::Events(group, inotify) => Message { kind: Kind::State, number }
+                    .send(&self.socket, &[group.as_fd(), journal, inotify.as_fd(), register])?,
+                Asks::Requests(connection, _) => Message { kind: Kind::Devices, number }
+                    .send(&self.socket, &[connection.as_fd(), journal, register])?,
+            }
             for (key, data, lock) in self.files.iter().flatten() {
                 Message { kind: Kind::Keep, number: *key }.send(&self.socket, &[data.as_fd(), lock.as_fd()])?;
             }
@@ -239,7 +266,7 @@ impl Keeper {
     }
 
     /// Waits until a successor asks for its inheritance (which [`Keeper::serve`] then gives): `true`; or is dead.
-    fn wait_for_successor(&self, died: Instant) -> bool {
+    fn wait_for_successor(&mut self, died: Instant) -> bool {
         loop {
             let mut wanted = [PollFd::new(&self.socket, PollFlags::IN)];
             match poll(&mut wanted, Some(&timespec(TICK))) {
@@ -252,9 +279,9 @@ impl Keeper {
     }
 
     /// Waits for a moment; where there was no daemon for too long, readers are refused meanwhile.
-    fn refuse_for(&self, pause: Duration, died: Instant) {
+    fn refuse_for(&mut self, pause: Duration, died: Instant) {
         let end = Instant::now() + pause;
-        let refuses = died.elapsed() > PATIENCE;
+        let refuses = died.elapsed() > self.patience;
         loop {
             if refuses {
                 self.refuse_what_was_left();
@@ -276,7 +303,7 @@ impl Keeper {
     }
 
     /// Refuses reads until no mount is up and a child has ended.
-    fn refuse_until_gone(self, mut child: Option<Pid>) -> io::Result<()> {
+    fn refuse_until_gone(mut self, mut child: Option<Pid>) -> io::Result<()> {
         self.refuse_what_was_left();
         loop {
             if let Some(pid) = child
@@ -284,11 +311,13 @@ impl Keeper {
             {
                 child = None;
             }
-            self.read_mounts();
+            // Of devices this process holds the last descriptor, with whose end the kernel refuses everything.
+            let Asks::Events(group, inotify) = &self.asks else { return Ok(()) };
+            forget_mounts(&self.journal, inotify);
             if child.is_none() && !self.journal.has_mounts() {
                 return Ok(());
             }
-            let mut wanted = [PollFd::new(&self.group, PollFlags::IN), PollFd::new(&self.inotify, PollFlags::IN)];
+            let mut wanted = [PollFd::new(group, PollFlags::IN), PollFd::new(inotify, PollFlags::IN)];
             let _ = poll(&mut wanted, Some(&timespec(TICK)));
             self.refuse_waiting();
         }
@@ -297,38 +326,46 @@ impl Keeper {
     /// Refuses events that a daemon read and did not answer. No daemon may be alive, and no event read by this process
     /// be open: their numbers are those of other events.
     fn refuse_what_was_left(&self) {
+        let Asks::Events(group, _) = &self.asks else { return };
         for slot in (0..self.journal.slots()).filter(|&slot| !self.journal.is_free(slot)) {
             if let Ok(event) = Event::parse(&self.journal.event(slot)) {
-                let _ = self.group.answer(event.descriptor, Answer::Deny(Errno::IO));
+                let _ = group.answer(event.descriptor, Answer::Deny(Errno::IO));
             }
             self.journal.clear(slot);
         }
     }
 
-    /// Refuses all events that wait.
-    fn refuse_waiting(&self) {
+    /// Refuses all that wait.
+    fn refuse_waiting(&mut self) {
+        let group = match &mut self.asks {
+            Asks::Events(group, _) => group,
+            Asks::Requests(connection, buffer) => return connection.refuse_waiting(buffer),
+        };
         let mut buffer = [0; 88];
-        while let Ok(length) = rustix::io::read(&self.group, &mut buffer) {
+        while let Ok(length) = rustix::io::read(&*group, &mut buffer) {
             let Ok(event) = Event::parse(&buffer[..length]) else { continue };
-            let _ = self.group.answer(event.descriptor, Answer::Deny(Errno::IO));
+            let _ = group.answer(event.descriptor, Answer::Deny(Errno::IO));
             if event.descriptor >= 0 {
                 // SAFETY: the kernel opened it for this process with the event, and nobody else knows of it.
                 drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(event.descriptor) });
             }
         }
     }
+}
 
-    /// Notes which mounts are gone.
-    fn read_mounts(&self) {
-        let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
-        let mut reader = inotify::Reader::new(self.inotify.as_fd(), &mut buffer);
-        while let Ok(event) = reader.next() {
-            if !event.events().intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) {
-                continue;
-            }
-            self.journal.forget_mount(event.wd());
+/// Notes which mounts are gone.
+fn forget_mounts(journal: &Journal, inotify: &OwnedFd) {
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut reader = inotify::Reader::new(inotify.as_fd(), &mut buffer);
+    while let Ok(event) = reader.next() {
+        if event.events().intersects(inotify::ReadFlags::UNMOUNT | inotify::ReadFlags::IGNORED) {
+            journal.forget_mount(event.wd());
         }
     }
+}
+
+fn descriptors_of<const N: usize>(descriptors: Vec<OwnedFd>) -> io::Result<[OwnedFd; N]> {
+    <[OwnedFd; N]>::try_from(descriptors).map_err(|_| garbled())
 }
 
 /// A program to start, prepared so that starting it allocates nothing.

@@ -42,6 +42,9 @@ pub enum PagerError {
     /// The keeper could not be started or reached.
     #[error("cannot start or reach the keeper of mounts: {0}")]
     Keeper(#[source] io::Error),
+    /// A connection of FUSE could not be taken over.
+    #[error("cannot take over what serves devices: {0}")]
+    Connection(#[source] io::Error),
     /// The register of mounts could not be written.
     #[error(transparent)]
     Register(#[from] RegisterError),

@@ -61,6 +61,8 @@ struct Entry {
     watched: Watched,
     /// How many watches there are.
     uses: usize,
+    /// Whether the kernel asks before it is read, as far as is known.
+    is_marked: bool,
     /// The descriptors of an orphan, which nobody else holds here.
     kept: Option<[File; 2]>,
     /// The task that waits until the layer is complete.
@@ -89,10 +91,22 @@ impl Files {
             let identity = identity(&kept[0])?;
             let entry = match opened.get(&identity) {
                 // Counted as used for as long as this process lives: mounts that are out of sight may read it.
-                Some(&layer) => {
-                    Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None, completion: None }
-                }
-                None => Entry { key, watched: Watched::Orphan, uses: 1, kept: Some(kept), completion: None },
+                Some(&layer) => Entry {
+                    key,
+                    watched: Watched::Layer(Arc::clone(layer)),
+                    uses: 1,
+                    is_marked: true,
+                    kept: None,
+                    completion: None,
+                },
+                None => Entry {
+                    key,
+                    watched: Watched::Orphan,
+                    uses: 1,
+                    is_marked: true,
+                    kept: Some(kept),
+                    completion: None,
+                },
             };
             table.last_key = table.last_key.max(key);
             table.by_key.insert(key, identity);
@@ -113,7 +127,14 @@ impl Files {
         table.last_key += 1;
         let key = table.last_key;
         table.by_key.insert(key, identity);
-        let entry = Entry { key, watched: Watched::Layer(Arc::clone(layer)), uses: 1, kept: None, completion: None };
+        let entry = Entry {
+            key,
+            watched: Watched::Layer(Arc::clone(layer)),
+            uses: 1,
+            is_marked: true,
+            kept: None,
+            completion: None,
+        };
         table.by_identity.insert(identity, entry);
         Ok(FileId { key, identity })
     }
@@ -147,6 +168,21 @@ impl Files {
         }
     }
 
+    /// Notes whether a layer's file is marked, and returns its key where it is watched. What is added counts as marked.
+    pub(super) fn set_marked(&self, layer: &LazyLayer, is_marked: bool) -> Option<u64> {
+        let identity = identity(layer.data_file()).ok()?;
+        let mut table = self.lock();
+        let entry = table.by_identity.get_mut(&identity)?;
+        entry.is_marked = is_marked;
+        Some(entry.key)
+    }
+
+    /// Whether the kernel asks before any of these is read.
+    pub(super) fn is_any_marked(&self, files: &[FileId]) -> bool {
+        let table = self.lock();
+        files.iter().any(|file| table.by_identity.get(&file.identity).is_none_or(|entry| entry.is_marked))
+    }
+
     /// Returns the file with an identity.
     pub(super) fn find(&self, identity: (u64, u64)) -> Option<(u64, Watched)> {
         let table = self.lock();
@@ -173,12 +209,6 @@ impl Files {
             Watched::Orphan => None,
         };
         self.all().into_iter().filter_map(layer).collect()
-    }
-
-    /// Returns a layer's key.
-    pub(super) fn key_of(&self, layer: &LazyLayer) -> Option<u64> {
-        let identity = identity(layer.data_file()).ok()?;
-        self.find(identity).map(|(key, _)| key)
     }
 
     /// Returns what a keeper has to keep: data file and lock of all that is watched.

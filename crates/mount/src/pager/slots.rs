@@ -60,7 +60,7 @@ impl Slots {
 
 /// An event that a killed process has read and perhaps not answered.
 #[derive(Debug)]
-pub(super) struct Left {
+pub(crate) struct Left {
     pub(super) slot: u32,
     pub(super) event: Event,
     /// The key of its file; 0 where the process was killed before it had noted it.
@@ -72,10 +72,10 @@ pub(super) struct Left {
 
 /// Returns what stands in the slots of a journal that was taken over. Must come before any event is read.
 ///
-/// The numbers of unanswered events must be free or taken for good: `Inherited::new` moves what it was sent out of the way.
+/// The numbers of unanswered events must be free or taken for good: `Inherited` moves what it was sent out of the way.
 ///
 /// What cannot be understood is cleared: no kernel of this boot wrote it.
-pub(super) fn left_behind(journal: &Journal) -> io::Result<Vec<Left>> {
+pub(crate) fn left_behind(journal: &Journal) -> io::Result<Vec<Left>> {
     let mut left = Vec::new();
     for (slot, event) in unanswered(journal) {
         let key = journal.key(slot).load(Ordering::Relaxed);
@@ -86,7 +86,7 @@ pub(super) fn left_behind(journal: &Journal) -> io::Result<Vec<Left>> {
 }
 
 /// Returns the events that stand in a journal, with their slots.
-pub(super) fn unanswered(journal: &Journal) -> Vec<(u32, Event)> {
+pub(crate) fn unanswered(journal: &Journal) -> Vec<(u32, Event)> {
     let mut found = Vec::new();
     for slot in (0..journal.slots()).filter(|&slot| !journal.is_free(slot)) {
         match Event::parse(&journal.event(slot)) {

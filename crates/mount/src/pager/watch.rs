@@ -23,7 +23,7 @@ use rustix::fs::inotify;
 use tokio::sync::watch;
 
 use super::{
-    Inner, PagerError,
+    Inner, PagerError, Shown,
     files::FileId,
     journal::{Journal, MOUNTS},
 };
@@ -166,6 +166,13 @@ impl Watch {
             self.pager.register().add(mountpoint)?;
             self.mountpoints.push(mountpoint.clone());
         }
+        if let Some((watch, _)) = self.mount
+            && self.pager.outlives
+        {
+            let (files, mountpoints) = (self.files.clone(), self.mountpoints.clone());
+            self.pager.shown().push(Shown { watch, files, mountpoints, is_whole: None });
+            self.pager.note_whole();
+        }
         Ok(())
     }
 
@@ -193,6 +200,9 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         let files = std::mem::take(&mut self.files);
+        if let Some((watch, _)) = self.mount {
+            self.pager.shown().retain(|shown| shown.watch != watch);
+        }
         let files = match &self.mount {
             Some((watch, _)) => self.pager.mounts.leave(*watch, files),
             None => Some(files),

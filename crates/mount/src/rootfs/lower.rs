@@ -3,10 +3,11 @@
 //! ```text
 //!  fanotify     bootstrap, data files ─────────────▶ EROFS ──▶ directory     marked before, see crate::pager
 //!  erofs-fuse   bootstrap, data files over FUSE ───▶ EROFS ──▶ directory
+//!  erofs-loop   loop devices over the same ────────▶ EROFS ──▶ directory
 //!  fuse         tree ──────────────────────────────▶ FUSE ───▶ directory
 //! ```
 //!
-//! A layer that is complete is read as the local file that it is, by both engines with EROFS: no process of ours is on
+//! A layer that is complete is read as the local file that it is, by all engines with EROFS: no process of ours is on
 //! the way then.
 
 use std::{
@@ -28,11 +29,14 @@ use crate::{
         FuseMount, FuseOptions,
         devices::{Device, DeviceMount},
     },
-    mounts::Unmounted,
+    mounts::{self, Unmounted},
     pager::{Pager, Watch},
 };
 
-use super::{Paging, resume::shown};
+use super::{
+    Paging,
+    resume::{Server, shown},
+};
 
 /// What a tree is made of.
 pub(super) struct Parts<'a> {
@@ -58,7 +62,8 @@ pub(super) enum Lower {
     Fuse(FuseMount),
     /// In this order: the mount goes first.
     Fanotify(ErofsMount, Watch, Arc<Pager>),
-    ErofsFuse(ErofsMount, Option<DeviceMount>),
+    /// By either engine that is served over FUSE.
+    ErofsFuse(ErofsMount, Option<Arc<DeviceMount>>, Engine),
 }
 
 impl Lower {
@@ -71,7 +76,7 @@ impl Lower {
             };
             let mounted = match engine {
                 Engine::Fanotify => Self::fanotify(parts, at),
-                Engine::ErofsFuse => Self::erofs_fuse(parts, at),
+                Engine::ErofsFuse | Engine::ErofsLoop => Self::erofs_fuse(parts, at, engine),
                 Engine::Fuse => Self::fuse(parts, at),
             };
             match (mounted, engines.peek()) {
@@ -117,60 +122,83 @@ impl Lower {
     /// Takes over a tree that is mounted.
     pub(super) fn resume(
         layers: &[Arc<LazyLayer>],
-        pager: Arc<Pager>,
+        server: &Server,
         at: &Path,
         shown_at: &Path,
     ) -> Result<Self, MountError> {
-        let mut watch = pager.watch(layers)?;
-        let erofs = ErofsMount::adopt(at, |root| watch.mounted(root))?;
-        watch.attached(&shown(shown_at, at))?;
-        Ok(Self::Fanotify(erofs, watch, pager))
-    }
-
-    fn erofs_fuse(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
-        let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
-        enum Way {
-            Local(PathBuf),
-            Served(usize),
-        }
-        let mut ways = Vec::new();
-        let mut served = Vec::new();
-        for layer in parts.layers {
-            if layer.is_complete() {
-                ways.push(Way::Local(layer.directory().join("data")));
-            } else {
-                ways.push(Way::Served(served.len()));
-                served.push(Device::Layer(Arc::clone(layer), parts.runtime.clone()));
+        let shown = shown(shown_at, at);
+        match server {
+            Server::Pager(pager) => {
+                let mut watch = pager.watch(layers)?;
+                let erofs = ErofsMount::adopt(at, |root| watch.mounted(root))?;
+                watch.attached(&shown)?;
+                Ok(Self::Fanotify(erofs, watch, Arc::clone(pager)))
+            }
+            Server::Devices(devices) => {
+                devices.0.attached(&shown)?;
+                let erofs = ErofsMount::adopt(at, |_| Ok::<_, MountError>(()))?;
+                let is_looped =
+                    mounts::find(at)?.is_some_and(|mount| mount.source.as_encoded_bytes().starts_with(b"/dev/"));
+                let engine = if is_looped { Engine::ErofsLoop } else { Engine::ErofsFuse };
+                Ok(Self::ErofsFuse(erofs, Some(Arc::clone(&devices.0)), engine))
             }
         }
+    }
+
+    fn erofs_fuse(parts: &Parts<'_>, at: &Path, engine: Engine) -> Result<Self, MountError> {
+        let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
         let refused = |Refusal { source, detail }| MountError::Refused {
             what: "FUSE under EROFS",
             path: at.to_owned(),
             source,
             detail,
         };
-        let mut server = match served.as_slice() {
-            [] => None,
-            _ => Some(DeviceMount::serve(served, parts.fuse.threads()).map_err(refused)?),
+        // All layers are devices, so that a successor finds them by their numbers; what is complete is not served.
+        let complete: Vec<bool> = parts.layers.iter().map(|layer| layer.is_complete()).collect();
+        let mut server = None;
+        if complete.contains(&false) {
+            let device = |layer: &Arc<LazyLayer>| Device::Layer(Arc::clone(layer), parts.runtime.clone());
+            let devices = parts.layers.iter().map(device).collect();
+            let mut served = DeviceMount::serve(devices, parts.fuse.threads()).map_err(refused)?;
+            if let Paging::Own(options) = parts.pager {
+                // It serves all the same, and what it serves fails by itself when it is gone.
+                if let Err(error) = served.survive(parts.layers, options) {
+                    tracing::warn!(%error, "the mount will not outlive this process");
+                }
+            }
+            server = Some(served);
+        }
+        let path = |(number, layer): (usize, &Arc<LazyLayer>)| match &server {
+            Some(server) if !complete[number] => server.path(number),
+            _ => layer.directory().join("data"),
         };
-        let path = |way| match (way, &server) {
-            (Way::Local(path), _) => path,
-            (Way::Served(number), Some(server)) => server.path(number),
-            (Way::Served(_), None) => unreachable!("what is served has a server"),
-        };
-        let devices: Vec<PathBuf> = ways.into_iter().map(path).collect();
-        let erofs = DetachedErofs::create(&bootstrap, &devices, &parts.erofs())?.hear_goodbye()?;
+        let devices: Vec<PathBuf> = parts.layers.iter().enumerate().map(path).collect();
+        let erofs = DetachedErofs::create(
+            &bootstrap,
+            &devices,
+            &ErofsOptions { loops: engine == Engine::ErofsLoop, ..parts.erofs() },
+        )?
+        .hear_goodbye()?;
         if let Some(server) = &mut server {
             server.seal();
+            server.attached(&shown(parts.shown_at, at))?;
         }
-        Ok(Self::ErofsFuse(erofs.attach(at)?, server))
+        Ok(Self::ErofsFuse(erofs.attach(at)?, server.map(Arc::new), engine))
     }
 
     pub(super) fn engine(&self) -> Engine {
         match self {
             Self::Fuse(_) => Engine::Fuse,
             Self::Fanotify(..) => Engine::Fanotify,
-            Self::ErofsFuse(..) => Engine::ErofsFuse,
+            Self::ErofsFuse(_, _, engine) => *engine,
+        }
+    }
+
+    /// Leaves it mounted, as if it had not been taken over.
+    pub(super) fn let_go(self) {
+        match self {
+            Self::Fuse(mount) => std::mem::forget(mount),
+            Self::Fanotify(mount, ..) | Self::ErofsFuse(mount, ..) => std::mem::forget(mount),
         }
     }
 
@@ -179,7 +207,12 @@ impl Lower {
         match self {
             Self::Fuse(mount) => mount.ended().await,
             Self::Fanotify(_, watch, _) => watch.ended().await,
-            Self::ErofsFuse(mount, _) => mount.ended().await,
+            // The devices of one that was taken over are all that tells.
+            Self::ErofsFuse(mount, Some(server), _) => tokio::select! {
+                () = mount.ended() => {}
+                () = server.ended() => {}
+            },
+            Self::ErofsFuse(mount, None, _) => mount.ended().await,
         }
     }
 
@@ -204,13 +237,19 @@ impl Lower {
                     Err(error)
                 }
             },
-            Self::ErofsFuse(mount, server) => {
-                let unmounted = mount.unmount()?;
-                if let Some(mut server) = server {
-                    server.stop(unmounted == Unmounted::Whole);
+            Self::ErofsFuse(mount, server, _) => match (mount.unmount(), server) {
+                (Ok(unmounted), server) => {
+                    if let Some(server) = server {
+                        server.stop(unmounted == Unmounted::Whole);
+                    }
+                    Ok(unmounted)
                 }
-                Ok(unmounted)
-            }
+                (Err(error), server) => {
+                    // As above: what stays mounted goes on being served, here or by a successor.
+                    std::mem::forget(server);
+                    Err(error)
+                }
+            },
         }
     }
 }

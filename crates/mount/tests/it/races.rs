@@ -45,6 +45,14 @@ fn check(path: &Path, content: &[u8], seed: usize) -> io::Result<()> {
     Ok(())
 }
 
+struct StopAtEnd<'a>(&'a AtomicBool);
+
+impl Drop for StopAtEnd<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn unmounting_under_readers() {
     for engine in engines("unmounting_under_readers") {
@@ -73,12 +81,13 @@ fn unmounting_under_readers() {
                     }
                 });
             }
+            // Also where this fails, so that the readers end.
+            let _stop = StopAtEnd(&stop);
             for _ in 0..8 {
                 let mounted = mount(engine, &image, &at);
                 std::thread::sleep(Duration::from_millis(15));
                 mounted.unmount().unwrap();
             }
-            stop.store(true, Ordering::Relaxed);
         });
         assert!(right.load(Ordering::Relaxed) > 0, "{engine}: nobody read anything");
         assert_nothing_mounted(image.directory.path());

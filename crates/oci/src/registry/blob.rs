@@ -1,6 +1,6 @@
 //! Reading blobs: whole, verified and resumed; and by ranges, exact or not at all.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
@@ -11,12 +11,16 @@ use reqwest::Url;
 use super::{
     Repository,
     connections::Lane,
-    request::{BlobKey, Call},
-    retry::Attempts,
+    host::Host,
+    meter::Meter,
+    request::{BlobKey, Call, Failure},
+    retry::within,
+    route::{Content, Trip},
     transport::Answer,
 };
 use crate::{
     document::Descriptor,
+    link::Link,
     place::{BlobStream, Error},
 };
 
@@ -42,7 +46,7 @@ impl Repository {
             offset: 0,
             discard: 0,
             answer: None,
-            attempts: Attempts::new(self.client.config()),
+            trip: None,
             failed_at: 0,
             foreign: None,
         };
@@ -72,53 +76,119 @@ impl Repository {
         }
         // The whole blob, or what ends near its beginning, can be had without ranges.
         let needs_ranges = range.end > SHORT_PREFIX && range != (0..descriptor.size);
-        if needs_ranges && self.host.ignores_ranges() {
-            return Err(self.ignores_ranges());
-        }
-        let mut attempts = Attempts::new(self.client.config());
-        let mut got = Collected::new(range.end - range.start);
-        let mut asked_again = false;
-        loop {
-            let wanted = range.start + got.length()..range.end;
-            let outcome = self.read_range(descriptor, (wanted, needs_ranges), &mut got, &mut attempts).await;
-            let (error, again) = match outcome {
-                Ok(()) => return Ok(got.finish()),
-                Err(RangeError::NotTheRange(error)) => (error, !std::mem::replace(&mut asked_again, true)),
-                Err(RangeError::Other(error)) => {
-                    let again = error.is_transient();
-                    (error, again)
-                }
-            };
-            if !again && matches!(error, Error::Unsupported { .. }) {
-                self.host.remember_ranges_ignored();
+        let trip = self.trip(Content::Range(&descriptor.digest, &range))?;
+        within(self.client.config(), async move |deadline| {
+            let mut trip = trip.until(deadline);
+            let mut got = Collected::new(range.end - range.start);
+            // Hosts that have sent something else than the range.
+            let mut odd = Vec::new();
+            loop {
+                let host = trip.host();
+                let wanted = range.start + got.length()..range.end;
+                let outcome = if needs_ranges && host.ignores_ranges() {
+                    Err(RangeError::Other(self.ignores_ranges().into()))
+                } else {
+                    self.read_range(&host, descriptor, (wanted, needs_ranges), &mut got, &trip).await
+                };
+                let (failure, again) = match outcome {
+                    Ok(()) => {
+                        trip.succeeded();
+                        return Ok(got.finish());
+                    }
+                    Err(RangeError::NotTheRange(error)) => {
+                        let again = !odd.contains(&trip.number());
+                        odd.push(trip.number());
+                        if !again && matches!(error, Error::Unsupported { .. }) {
+                            host.remember_ranges_ignored();
+                        }
+                        (error.into(), again)
+                    }
+                    Err(RangeError::Other(failure)) => {
+                        let again = failure.error.is_transient();
+                        (failure, again)
+                    }
+                };
+                trip.failed(failure, again).await?;
+                tracing::debug!(digest = %descriptor.digest, "a range is asked for again");
+                self.client.count_retry();
             }
-            if !again || !attempts.pause(None).await {
-                return Err(error);
-            }
-            tracing::debug!(digest = %descriptor.digest, %error, "a range is asked for again");
-            self.client.count_retry();
-        }
+        })
+        .await
+    }
+
+    /// Returns what is known of the way to the host that served the newest range of this registry: after redirects, and
+    /// perhaps a mirror. `None` before anything has been measured.
+    #[must_use]
+    pub fn link(&self) -> Option<Link> {
+        self.route.link()
+    }
+
+    /// Takes note that bytes of a range proved wrong; see [`crate::ImageSource::distrust_range`].
+    pub fn distrust_range(&self, descriptor: &Descriptor, range: &Range<u64>) {
+        self.client.targets().forget_blob(&self.name, &descriptor.digest);
+        self.route.distrust(&descriptor.digest, range, self.client.config());
     }
 
     async fn read_range(
         &self,
+        host: &Host,
         descriptor: &Descriptor,
         (wanted, needs_ranges): (Range<u64>, bool),
         got: &mut Collected,
-        attempts: &mut Attempts,
+        trip: &Trip,
     ) -> Result<(), RangeError> {
-        let mut answer = self.open(descriptor, &wanted, Lane::Short, attempts).await?;
+        let before = got.length();
+        let outcome = self.collect_range(host, descriptor, (&wanted, needs_ranges), got).await;
+        let read = got.length() - before;
+        match outcome {
+            Ok(meter) => {
+                self.route.served(&descriptor.digest, wanted.start..wanted.start + read, trip, &meter);
+                Ok(())
+            }
+            Err((meter, error)) => {
+                if let Some(meter) = meter.filter(|_| read > 0) {
+                    self.route.served(&descriptor.digest, wanted.start..wanted.start + read, trip, &meter);
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Reads a range, or as much of it as comes. Returns what measures the host that has sent it.
+    async fn collect_range(
+        &self,
+        host: &Host,
+        descriptor: &Descriptor,
+        (wanted, needs_ranges): (&Range<u64>, bool),
+        got: &mut Collected,
+    ) -> Result<Arc<Meter>, (Option<Arc<Meter>>, RangeError)> {
+        let mut answer =
+            self.open(host, descriptor, wanted, Lane::Short).await.map_err(|error| (None, error.into()))?;
+        let meter = answer.meter().clone();
+        match self.take_range(&mut answer, descriptor, (wanted, needs_ranges), got).await {
+            Ok(()) => Ok(meter),
+            Err(error) => Err((Some(meter), error)),
+        }
+    }
+
+    async fn take_range(
+        &self,
+        answer: &mut Answer,
+        descriptor: &Descriptor,
+        (wanted, needs_ranges): (&Range<u64>, bool),
+        got: &mut Collected,
+    ) -> Result<(), RangeError> {
         let length = wanted.end - wanted.start;
         let mut discard = match answer.status() {
             StatusCode::PARTIAL_CONTENT => {
-                self.check_range(&answer, descriptor, &wanted).map_err(RangeError::NotTheRange)?;
+                self.check_range(answer, descriptor, wanted).map_err(RangeError::NotTheRange)?;
                 0
             }
             _ => {
-                if needs_ranges && wanted != (0..descriptor.size) {
+                if needs_ranges && *wanted != (0..descriptor.size) {
                     return Err(RangeError::NotTheRange(self.ignores_ranges()));
                 }
-                self.check_length(&answer, descriptor, descriptor.size)?;
+                self.check_length(answer, descriptor, descriptor.size)?;
                 wanted.start
             }
         };
@@ -144,7 +214,7 @@ impl Repository {
         }
         let missing = length - (got.length() - before);
         if missing > 0 {
-            return Err(truncated(&answer, missing).into());
+            return Err(truncated(answer, missing).into());
         }
         Ok(())
     }
@@ -152,35 +222,25 @@ impl Repository {
     /// Asks for a blob or a range of it. The answer is 200 or, only where a range was asked for, 206.
     async fn open(
         &self,
+        host: &Host,
         descriptor: &Descriptor,
         wanted: &Range<u64>,
         lane: Lane,
-        attempts: &mut Attempts,
-    ) -> Result<Answer, Error> {
-        let url = self.url(&format!("blobs/{}", descriptor.digest)).await?;
+    ) -> Result<Answer, Failure> {
+        let url = self.url(host, &format!("blobs/{}", descriptor.digest)).await?;
         let mut call = Call::read(Method::GET, url, &self.name);
         call.lane = lane;
-        call.blob = Some(BlobKey {
-            registry: self.host.name.clone(),
-            repository: self.name.clone(),
-            digest: descriptor.digest,
-        });
+        call.blob = Some(BlobKey { host: host.key(), repository: self.name.clone(), digest: descriptor.digest });
         let is_range = *wanted != (0..descriptor.size);
         if is_range {
             call = call.header(header::RANGE, format!("bytes={}-{}", wanted.start, wanted.end - 1));
         }
-        let answer = self.client.send(&self.host, &mut call, attempts).await?;
-        self.check_blob(answer, descriptor, is_range).await
+        let answer = self.client.attempt(host, &mut call).await?;
+        Ok(self.check_blob(answer, descriptor, is_range).await?)
     }
 
     /// Asks a foreign layer's own address, which is no registry's and is shown nothing.
-    async fn open_foreign(
-        &self,
-        descriptor: &Descriptor,
-        url: &Url,
-        wanted: &Range<u64>,
-        attempts: &mut Attempts,
-    ) -> Result<Answer, Error> {
+    async fn open_foreign(&self, descriptor: &Descriptor, url: &Url, wanted: &Range<u64>) -> Result<Answer, Failure> {
         let mut call = Call::read(Method::GET, url.clone(), "");
         call.lane = Lane::Download;
         call.elsewhere = true;
@@ -188,8 +248,8 @@ impl Repository {
         if is_range {
             call = call.header(header::RANGE, format!("bytes={}-{}", wanted.start, wanted.end - 1));
         }
-        let answer = self.client.send(&self.host, &mut call, attempts).await?;
-        self.check_blob(answer, descriptor, is_range).await
+        let answer = self.client.attempt(self.upstream()?, &mut call).await?;
+        Ok(self.check_blob(answer, descriptor, is_range).await?)
     }
 
     async fn check_blob(&self, mut answer: Answer, descriptor: &Descriptor, is_range: bool) -> Result<Answer, Error> {
@@ -253,12 +313,18 @@ impl Repository {
 enum RangeError {
     /// The answer says that it is something else than the range.
     NotTheRange(Error),
-    Other(Error),
+    Other(Failure),
 }
 
 impl From<Error> for RangeError {
     fn from(error: Error) -> Self {
-        Self::Other(error)
+        Self::Other(error.into())
+    }
+}
+
+impl From<Failure> for RangeError {
+    fn from(failure: Failure) -> Self {
+        Self::Other(failure)
     }
 }
 
@@ -330,7 +396,8 @@ struct Reading {
     /// Bytes of the current answer that were read from an earlier one.
     discard: u64,
     answer: Option<Answer>,
-    attempts: Attempts,
+    /// Begun with the first step: what may fail belongs into the stream.
+    trip: Option<Trip>,
     /// The offset at the newest failure.
     failed_at: u64,
     /// The place of a foreign layer that is being read.
@@ -349,27 +416,43 @@ impl Reading {
             match self.step().await {
                 Ok(chunk) if chunk.is_empty() => {}
                 Ok(chunk) => return Ok(Some(chunk)),
-                Err(error) => {
+                Err(failure) => {
                     self.answer = None;
-                    if !error.is_transient() {
-                        return Err(error);
-                    }
-                    if self.offset - self.failed_at >= PROGRESS {
-                        self.attempts.progress();
-                    }
-                    self.failed_at = self.offset;
-                    if !self.attempts.pause(None).await {
-                        return Err(error);
-                    }
-                    tracing::debug!(digest = %self.descriptor.digest, offset = self.offset, %error, "a download is resumed");
+                    self.recover(failure).await?;
+                    tracing::debug!(digest = %self.descriptor.digest, offset = self.offset, "a download is resumed");
                     self.repository.client.count_retry();
                 }
             }
         }
     }
 
+    /// Makes ready for the next step after a failure, or says that there is none.
+    async fn recover(&mut self, failure: Failure) -> Result<(), Error> {
+        let Some(trip) = &mut self.trip else { return Err(failure.error) };
+        let again = failure.error.is_transient();
+        if self.hasher.is_none() {
+            // All has been handed out but its end, and it is wrong.
+            trip.condemn(&failure.error);
+            return Err(failure.error);
+        }
+        if self.offset - self.failed_at >= PROGRESS {
+            trip.progress();
+        }
+        self.failed_at = self.offset;
+        if self.foreign.is_some() {
+            return if again && trip.pause(failure.wait).await { Ok(()) } else { Err(failure.error) };
+        }
+        match trip.failed(failure, again).await {
+            Err(Error::NotFound { .. }) => {
+                self.foreign = Some(self.foreign_place()?);
+                Ok(())
+            }
+            other => other,
+        }
+    }
+
     /// Returns the next bytes, or none where the next step has to come first.
-    async fn step(&mut self) -> Result<Bytes, Error> {
+    async fn step(&mut self) -> Result<Bytes, Failure> {
         let (size, offset) = (self.descriptor.size, self.offset);
         let answer = match &mut self.answer {
             Some(answer) => answer,
@@ -378,11 +461,11 @@ impl Reading {
                 self.answer.insert(answer)
             }
         };
-        let Some(chunk) = answer.chunk().await? else { return Err(truncated(answer, size - offset)) };
+        let Some(chunk) = answer.chunk().await? else { return Err(truncated(answer, size - offset).into()) };
         let length_known = answer.length().is_some();
         let chunk = discarded(&chunk, &mut self.discard);
         if chunk.len() as u64 > size - offset {
-            return Err(self.too_long());
+            return Err(self.too_long().into());
         }
         if let Some(hasher) = &mut self.hasher {
             hasher.update(&chunk);
@@ -395,24 +478,21 @@ impl Reading {
                 // A connection that breaks now has done its duty.
                 while let Ok(Some(more)) = answer.chunk().await {
                     if !more.is_empty() {
-                        return Err(self.too_long());
+                        return Err(self.too_long().into());
                     }
                 }
             }
             self.answer = None;
+            if let Some(trip) = self.trip.as_ref().filter(|_| self.foreign.is_none()) {
+                trip.succeeded();
+            }
         }
         Ok(chunk)
     }
 
-    async fn open(&mut self) -> Result<Answer, Error> {
+    async fn open(&mut self) -> Result<Answer, Failure> {
         let wanted = self.offset..self.descriptor.size;
-        let answer = match self.ask(&wanted).await {
-            Err(Error::NotFound { .. }) if self.foreign.is_none() => {
-                self.foreign = Some(self.foreign_place()?);
-                self.ask(&wanted).await?
-            }
-            other => other?,
-        };
+        let answer = self.ask(&wanted).await?;
         self.discard = if answer.status() == StatusCode::PARTIAL_CONTENT {
             self.repository.check_range(&answer, &self.descriptor, &wanted)?;
             0
@@ -424,11 +504,15 @@ impl Reading {
         Ok(answer)
     }
 
-    async fn ask(&mut self, wanted: &Range<u64>) -> Result<Answer, Error> {
-        let Self { repository, descriptor, attempts, .. } = self;
+    async fn ask(&mut self, wanted: &Range<u64>) -> Result<Answer, Failure> {
+        let Self { repository, descriptor, .. } = self;
+        let trip = match &mut self.trip {
+            Some(trip) => trip,
+            None => self.trip.insert(repository.trip(Content::Whole(&descriptor.digest))?),
+        };
         match &self.foreign {
-            None => repository.open(descriptor, wanted, Lane::Download, attempts).await,
-            Some(url) => repository.open_foreign(descriptor, url, wanted, attempts).await,
+            None => repository.open(&trip.host(), descriptor, wanted, Lane::Download).await,
+            Some(url) => repository.open_foreign(descriptor, url, wanted).await,
         }
     }
 

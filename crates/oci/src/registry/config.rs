@@ -24,7 +24,14 @@ pub struct Config {
     pub cert_dir: Option<PathBuf>,
     /// Directories with such a directory for each `HOST[:PORT]`; the first that has one for a host is used.
     pub cert_roots: Vec<PathBuf>,
-    /// User name and password for every registry, instead of those in files (`--creds`).
+    /// Directories as containerd's `/etc/containerd/certs.d`: for each registry one with a `hosts.toml`, which says what
+    /// hosts serve its images (`--hosts-dir`). The first with a directory for a registry, or with `_default`, is used.
+    pub hosts_dirs: Vec<PathBuf>,
+    /// How long those files are believed before they are looked at again. Images that are open stay with what was read.
+    pub hosts_live: Duration,
+    /// stargz-snapshotter's `config.toml`, for the mirrors in it (`--stargz-config`).
+    pub stargz_config: Option<PathBuf>,
+    /// User name and password for every registry, instead of those in files (`--creds`). Mirrors are not shown them.
     pub credentials: Option<auth::Credentials>,
     /// Where files of credentials are.
     pub environment: auth::Environment,
@@ -32,6 +39,14 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// Longest wait for the next byte, of an answer or of a body that is taken.
     pub stall_timeout: Duration,
+    /// Longest time for a document or a range, repetitions and all.
+    pub deadline: Duration,
+    /// A body that comes more slowly, in bytes per second over twice [`Config::stall_timeout`], stands still: a byte now
+    /// and then is no life.
+    pub least_bytes_per_second: u64,
+    /// How long a host that failed is asked only after others. Doubled each time it fails again, up to 64 times as long,
+    /// and shortened at random by up to a half.
+    pub put_back: Duration,
     /// Longest wait for the answer to the end of an upload: registries hash or move the blob then.
     pub commit_timeout: Duration,
     /// Most requests to one host at once: so many short ones (documents, ranges), and so many whole blobs.
@@ -64,10 +79,16 @@ impl Default for Config {
             ca_files: Vec::new(),
             cert_dir: None,
             cert_roots: own.into_iter().chain(system).collect(),
+            hosts_dirs: vec![PathBuf::from("/etc/containerd/certs.d")],
+            hosts_live: Duration::from_secs(60),
+            stargz_config: None,
             credentials: None,
             environment,
             connect_timeout: Duration::from_secs(15),
             stall_timeout: Duration::from_secs(30),
+            deadline: Duration::from_secs(300),
+            least_bytes_per_second: 64,
+            put_back: Duration::from_secs(5),
             commit_timeout: Duration::from_secs(600),
             connections_per_host: 8,
             retries: 5,

@@ -18,7 +18,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{
     Config,
+    hosts::ConnectionSettings,
     location::{Origin, is_loopback, split_port},
+    meter::Meter,
     tls::{self, Trust},
 };
 use crate::place::Error;
@@ -43,12 +45,16 @@ pub(super) enum Lane {
 #[derive(Default)]
 pub(super) struct Connections {
     clients: Mutex<HashMap<Trust, reqwest::Client>>,
-    hosts: Mutex<HashMap<Origin, Arc<Connection>>>,
+    hosts: Mutex<HashMap<Key, Arc<Connection>>>,
 }
+
+/// A host, and what the administrator has said of those who speak to it.
+type Key = (Origin, Option<Arc<ConnectionSettings>>);
 
 /// One host.
 pub(super) struct Connection {
     pub(super) http: reqwest::Client,
+    pub(super) meter: Arc<Meter>,
     short: Arc<Gate>,
     downloads: Arc<Gate>,
     uploads: Arc<Gate>,
@@ -68,29 +74,45 @@ pub(super) struct Place {
 
 impl Connections {
     /// Returns the connection to a host. Reads certificates from files the first time.
-    pub(super) fn to(&self, origin: &Origin, config: &Config) -> Result<Arc<Connection>, Error> {
+    pub(super) fn to(
+        &self,
+        origin: &Origin,
+        settings: Option<&Arc<ConnectionSettings>>,
+        config: &Config,
+    ) -> Result<Arc<Connection>, Error> {
+        let key = (origin.clone(), settings.cloned());
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(connection) = hosts.get(origin) {
+        if let Some(connection) = hosts.get(&key) {
             return Ok(connection.clone());
         }
         let gate = || Arc::new(Gate::new(config.connections_per_host.max(1)));
-        let http = self.client(origin, config)?;
-        let connection = Arc::new(Connection { http, short: gate(), downloads: gate(), uploads: gate() });
+        let http = self.client(origin, settings, config)?;
+        let meter = Arc::default();
+        let connection = Arc::new(Connection { http, meter, short: gate(), downloads: gate(), uploads: gate() });
         if hosts.len() >= MAX_HOSTS {
             hosts.clear();
         }
-        hosts.insert(origin.clone(), connection.clone());
+        hosts.insert(key, connection.clone());
         Ok(connection)
     }
 
-    fn client(&self, origin: &Origin, config: &Config) -> Result<reqwest::Client, Error> {
+    fn client(
+        &self,
+        origin: &Origin,
+        settings: Option<&Arc<ConnectionSettings>>,
+        config: &Config,
+    ) -> Result<reqwest::Client, Error> {
         let plain = origin.is_plain();
         let authority = origin.authority();
+        let skip =
+            settings.and_then(|settings| settings.skip_verify).unwrap_or_else(|| is_insecure(config, &authority));
+        let own = settings.and_then(|settings| settings.directory.clone());
         let trust = Trust {
-            verify: config.tls_verify && !is_insecure(config, &authority),
+            verify: config.tls_verify && !skip,
             plain,
             loopback: origin.is_loopback(),
-            directory: if plain { None } else { tls::certificates_of(config, &authority) },
+            directory: if plain { None } else { own.or_else(|| tls::certificates_of(config, &authority)) },
+            settings: settings.cloned(),
         };
         let mut clients = self.clients.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(client) = clients.get(&trust) {
@@ -170,7 +192,7 @@ mod tests {
     fn connection(places: usize) -> Arc<Connection> {
         let config = Config { connections_per_host: places, ..Config::default() };
         let origin = Origin::of(&"http://127.0.0.1:1/".parse().unwrap());
-        Connections::default().to(&origin, &config).unwrap()
+        Connections::default().to(&origin, None, &config).unwrap()
     }
 
     #[tokio::test]

@@ -16,14 +16,14 @@ use super::{
     Client,
     challenge::Challenge,
     connections::may_be_plain,
-    location::{is_loopback, split_port},
+    hosts::{self, Endpoint, Settings},
+    location::{Origin, is_loopback, split_port},
     retry::Attempts,
     scope::Scopes,
     tls,
     token::Slot,
 };
 use crate::{
-    Reference,
     auth::{self, Credentials},
     place::Error,
 };
@@ -37,12 +37,18 @@ const TLS_PROBE: Duration = Duration::from_secs(5);
 /// Most token slots that are kept, expired ones included.
 const MAX_SLOTS: usize = 4096;
 
-/// One registry.
+/// One host: a registry, or a mirror.
 pub(super) struct Host {
-    /// The registry's name, by which credentials are kept: `docker.io`.
+    /// The name by which its credentials are kept: `docker.io`.
     pub(super) name: String,
+    /// How it is talked to, where it differs from others.
+    pub(super) settings: Settings,
     /// Host and port of its API.
     api: String,
+    /// What repositories' names are appended to in its addresses: `v2/`.
+    prefix: String,
+    /// The registry that it is a mirror of.
+    mirror_of: Option<String>,
     base: OnceCell<Url>,
     state: Mutex<State>,
     credentials: AsyncMutex<HashMap<String, (Instant, Option<Credentials>)>>,
@@ -58,14 +64,50 @@ struct State {
 }
 
 impl Host {
-    pub(super) fn new(reference: &Reference) -> Self {
-        Self {
-            name: reference.registry().to_owned(),
-            api: reference.api_host().to_owned(),
+    /// Returns a host of the registry `registry`, whose own API is at `api`.
+    pub(super) fn new(registry: &str, api: &str, endpoint: &Endpoint) -> Self {
+        let mut host = Self {
+            name: registry.to_owned(),
+            settings: endpoint.settings.clone(),
+            api: api.to_owned(),
+            prefix: "v2/".to_owned(),
+            mirror_of: None,
             base: OnceCell::new(),
             state: Mutex::default(),
             credentials: AsyncMutex::default(),
+        };
+        if let Some(url) = &endpoint.url {
+            let authority = Origin::of(url).authority();
+            if authority != api {
+                host.name = hosts::name_of(&authority).to_owned();
+                host.mirror_of = Some(registry.to_owned()).filter(|registry| *registry != host.name);
+            }
+            host.api = authority;
+            host.prefix = url.path().trim_start_matches('/').to_owned();
+            let mut base = url.clone();
+            base.set_path("/");
+            host.base = OnceCell::new_with(Some(base));
         }
+        host
+    }
+
+    /// Returns an address of the API. `path` is behind `/v2/`. As containerd does it, a mirror is told whose it is.
+    pub(super) async fn url(&self, client: &Client, path: &str) -> Result<Url, Error> {
+        let base = self.base(client).await?;
+        let joined = base.join(&format!("{}{path}", self.prefix));
+        let mut url = joined.map_err(|_| Error::Invalid {
+            what: format!("{}/{path}", self.name),
+            detail: "no address can be made of it".to_owned(),
+        })?;
+        if let Some(registry) = &self.mirror_of {
+            url.query_pairs_mut().append_pair("ns", registry);
+        }
+        Ok(url)
+    }
+
+    /// Returns what tells this host's content from that of others that serve the same registry.
+    pub(super) fn key(&self) -> String {
+        format!("{} {}", self.api, self.prefix)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -173,7 +215,8 @@ impl Host {
 
     async fn credentials(&self, client: &Client, repository: &str) -> Result<Option<Credentials>, Error> {
         let config = client.config();
-        if config.credentials.is_some() {
+        // Given for the registry that was named, and no mirror of it.
+        if config.credentials.is_some() && self.mirror_of.is_none() {
             return Ok(config.credentials.clone());
         }
         // Held while a helper runs, so that it is asked once and not by every layer.

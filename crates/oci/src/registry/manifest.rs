@@ -5,7 +5,14 @@ use http::{HeaderMap, Method, StatusCode, header};
 use loris_format::digest::Digest;
 use reqwest::Url;
 
-use super::{Repository, request::Call, retry::Attempts, transport::Payload};
+use super::{
+    Repository,
+    host::Host,
+    request::{Call, Failure},
+    retry::{Attempts, within},
+    route::{Content, Trip},
+    transport::Payload,
+};
 use crate::{
     document::{Descriptor, Document, media_type},
     place::Error,
@@ -36,6 +43,17 @@ pub(super) struct Small {
     pub(super) body: Bytes,
 }
 
+/// What is asked for, whoever is asked.
+struct Asked<'a> {
+    /// Behind the repository's name.
+    path: &'a str,
+    accept: Option<&'a str>,
+    /// Its name, for errors.
+    what: &'a str,
+    /// Most bytes of the answer.
+    limit: u64,
+}
+
 impl Small {
     pub(super) fn header(&self, name: impl header::AsHeaderName) -> Option<&str> {
         self.headers.get(name)?.to_str().ok()
@@ -50,10 +68,26 @@ impl Repository {
     /// [`Error::NotFound`]; [`Error::Corrupt`] where its bytes are not what the digest or `Docker-Content-Digest` says;
     /// [`Error::TooLarge`].
     pub async fn manifest(&self, name: ManifestName<'_>) -> Result<Document, Error> {
-        let url = self.url(&format!("manifests/{name}")).await?;
-        let what = || format!("manifest {name}");
+        let trip = self.trip(match name {
+            ManifestName::Tag(_) => Content::Tag,
+            ManifestName::Digest(digest) => Content::Whole(digest),
+        })?;
+        let (path, accept) = (format!("manifests/{name}"), accept());
         let limit = self.client.config().limits.manifest_bytes;
-        let small = self.small(url, Some(&accept()), what, limit).await?;
+        let asked = Asked { path: &path, accept: Some(&accept), what: &format!("manifest {name}"), limit };
+        self.anywhere(trip, asked, |small| self.verified(name, small)).await
+    }
+
+    /// Returns a manifest or an index as the registry itself has it.
+    pub(super) async fn manifest_upstream(&self, name: ManifestName<'_>) -> Result<Document, Error> {
+        let url = self.url(self.upstream()?, &format!("manifests/{name}")).await?;
+        let limit = self.client.config().limits.manifest_bytes;
+        let small = self.small(url, Some(&accept()), || format!("manifest {name}"), limit).await?;
+        self.verified(name, small)
+    }
+
+    /// Makes a document of an answer, and checks what can be checked.
+    fn verified(&self, name: ManifestName<'_>, small: Small) -> Result<Document, Error> {
         let said = self.named_digest(small.header("docker-content-digest"))?;
         let digest = match name {
             ManifestName::Digest(digest) => *digest,
@@ -73,16 +107,17 @@ impl Repository {
         Ok(document)
     }
 
-    /// Returns what a manifest's name leads to, without its bytes; `None` where it leads to nothing.
+    /// Returns what a manifest's name leads to at the registry itself, without its bytes; `None` where it leads to nothing.
     ///
     /// # Errors
     ///
     /// As [`Repository::manifest`], which is used where the registry's answer to HEAD says too little.
     pub async fn manifest_descriptor(&self, name: ManifestName<'_>) -> Result<Option<Descriptor>, Error> {
-        let url = self.url(&format!("manifests/{name}")).await?;
+        let upstream = self.upstream()?;
+        let url = self.url(upstream, &format!("manifests/{name}")).await?;
         let mut call = Call::read(Method::HEAD, url, &self.name).header(header::ACCEPT, accept());
         let mut attempts = Attempts::new(self.client.config());
-        let answer = self.client.send(&self.host, &mut call, &mut attempts).await?;
+        let answer = self.client.send(upstream, &mut call, &mut attempts).await?;
         match answer.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(None),
@@ -122,11 +157,12 @@ impl Repository {
         }
         let is_document = descriptor.is_document() || descriptor.media_type.is_empty();
         let kind = if is_document { "manifests" } else { "blobs" };
-        let url = self.url(&format!("{kind}/{}", descriptor.digest)).await?;
+        let path = format!("{kind}/{}", descriptor.digest);
         let accept = is_document.then(accept);
-        let what = || format!("{} {}", kind.trim_end_matches('s'), descriptor.digest);
-        let small = self.small(url, accept.as_deref(), what, limit).await?;
-        Document::verified(small.body, descriptor, &self.place())
+        let what = format!("{} {}", kind.trim_end_matches('s'), descriptor.digest);
+        let trip = self.trip(Content::Whole(&descriptor.digest))?;
+        let asked = Asked { path: &path, accept: accept.as_deref(), what: &what, limit };
+        self.anywhere(trip, asked, |small| Document::verified(small.body, descriptor, &self.place())).await
     }
 
     /// Stores a manifest or an index. Where it has a `subject` it becomes a referrer of it, in registries without that
@@ -145,11 +181,12 @@ impl Repository {
 
     /// Stores a manifest and says whether its subject's referrers are the registry's care, if it has a subject.
     pub(super) async fn put_manifest_only(&self, name: ManifestName<'_>, document: &Document) -> Result<bool, Error> {
-        let url = self.url(&format!("manifests/{name}")).await?;
+        let target = self.target()?;
+        let url = self.url(target, &format!("manifests/{name}")).await?;
         let mut call = Call::write(Method::PUT, url, &self.name).header(header::CONTENT_TYPE, &document.media_type);
         call.payload = Payload::Bytes(document.bytes.clone());
         let mut attempts = Attempts::new(self.client.config());
-        let answer = self.client.send(&self.host, &mut call, &mut attempts).await?;
+        let answer = self.client.send(target, &mut call, &mut attempts).await?;
         if !answer.status().is_success() {
             return Err(answer.into_error().await);
         }
@@ -189,10 +226,11 @@ impl Repository {
     }
 
     async fn delete(&self, path: &str, what: String) -> Result<(), Error> {
-        let mut call = Call::write(Method::DELETE, self.url(path).await?, &self.name);
+        let target = self.target()?;
+        let mut call = Call::write(Method::DELETE, self.url(target, path).await?, &self.name);
         call.scopes = super::scope::Scopes::repository(&self.name, &["delete", "pull", "push"]);
         let mut attempts = Attempts::new(self.client.config());
-        let answer = self.client.send(&self.host, &mut call, &mut attempts).await?;
+        let answer = self.client.send(target, &mut call, &mut attempts).await?;
         match answer.status() {
             status if status.is_success() => Ok(()),
             // An earlier attempt whose answer was lost may have been the one.
@@ -205,7 +243,7 @@ impl Repository {
         }
     }
 
-    /// Reads a whole answer of bounded size, again where it breaks off.
+    /// Reads a whole answer of bounded size from the registry itself, again where it breaks off.
     pub(super) async fn small(
         &self,
         url: Url,
@@ -213,34 +251,84 @@ impl Repository {
         what: impl Fn() -> String,
         limit: u64,
     ) -> Result<Small, Error> {
-        let mut call = Call::read(Method::GET, url, &self.name);
+        let host = self.upstream()?;
+        let mut attempts = Attempts::new(self.client.config());
+        within(self.client.config(), async move |deadline| {
+            attempts = attempts.until(deadline);
+            loop {
+                let Failure { error, wait } = match self.small_once(host, &url, accept, &what(), limit).await {
+                    Ok(small) => return Ok(small),
+                    Err(failure) => failure,
+                };
+                if !error.is_transient() || !attempts.pause(wait).await {
+                    return Err(error);
+                }
+                self.client.count_retry();
+            }
+        })
+        .await
+    }
+
+    /// Reads a whole answer of bounded size from whatever host has a right one.
+    async fn anywhere<T>(
+        &self,
+        trip: Trip,
+        asked: Asked<'_>,
+        check: impl Fn(Small) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let Asked { path, accept, what, limit } = asked;
+        within(self.client.config(), async move |deadline| {
+            let mut trip = trip.until(deadline);
+            loop {
+                let host = trip.host();
+                let url = self.url(&host, path).await;
+                let outcome = match url {
+                    Ok(url) => self.small_once(&host, &url, accept, what, limit).await,
+                    Err(error) => Err(error.into()),
+                };
+                match outcome.and_then(|small| Ok(check(small)?)) {
+                    Ok(checked) => {
+                        trip.succeeded();
+                        return Ok(checked);
+                    }
+                    Err(failure) => {
+                        let again = failure.error.is_transient();
+                        trip.failed(failure, again).await?;
+                    }
+                }
+                self.client.count_retry();
+            }
+        })
+        .await
+    }
+
+    async fn small_once(
+        &self,
+        host: &Host,
+        url: &Url,
+        accept: Option<&str>,
+        what: &str,
+        limit: u64,
+    ) -> Result<Small, Failure> {
+        let mut call = Call::read(Method::GET, url.clone(), &self.name);
         if let Some(accept) = accept {
             call = call.header(header::ACCEPT, accept);
         }
-        let mut attempts = Attempts::new(self.client.config());
-        loop {
-            let mut answer = self.client.send(&self.host, &mut call, &mut attempts).await?;
-            match answer.status() {
-                StatusCode::OK => {}
-                StatusCode::NOT_FOUND => {
-                    // Read, so that the connection can be used again.
-                    let words = answer.words().await;
-                    tracing::debug!(words, "not found");
-                    return Err(self.not_found(what()));
-                }
-                _ => return Err(answer.into_error().await),
+        let mut answer = self.client.attempt(host, &mut call).await?;
+        match answer.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => {
+                // Read, so that the connection can be used again.
+                let words = answer.words().await;
+                tracing::debug!(words, "not found");
+                return Err(self.not_found(what.to_owned()).into());
             }
-            answer.check_encoding()?;
-            let outcome = answer.body(&what(), limit).await;
-            let (url, headers) = (answer.url.clone(), answer.headers().clone());
-            // Not kept while waiting: it has a place among the host's requests.
-            drop(answer);
-            match outcome {
-                Ok(body) => return Ok(Small { url, headers, body }),
-                Err(error) if error.is_transient() && attempts.pause(None).await => self.client.count_retry(),
-                Err(error) => return Err(error),
-            }
+            _ => return Err(answer.into_error().await.into()),
         }
+        answer.check_encoding()?;
+        // Dropped at the end: an answer has a place among the host's requests, and a failure is waited after.
+        let body = answer.body(what, limit).await?;
+        Ok(Small { url: answer.url.clone(), headers: answer.headers().clone(), body })
     }
 
     /// Reads `Docker-Content-Digest`. A digest of an algorithm that is not known says nothing.

@@ -15,6 +15,7 @@ use super::{ManifestName, Repository, upload::Session};
 use crate::{
     Reference,
     document::{Descriptor, Document},
+    link::Link,
     place::{BlobStream, Error, ImageSink, ImageSource},
 };
 
@@ -97,6 +98,14 @@ impl ImageSource for RegistrySource {
 
     fn repository(&self) -> Option<(String, String)> {
         Some((self.repository.registry().to_owned(), self.repository.name().to_owned()))
+    }
+
+    fn link(&self) -> Option<Link> {
+        self.repository.link()
+    }
+
+    fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) {
+        self.repository.distrust_range(descriptor, &range);
     }
 }
 

@@ -50,7 +50,7 @@ impl Repository {
         digest: &Digest,
         artifact_type: Option<&str>,
     ) -> Result<Option<Vec<Descriptor>>, Error> {
-        let mut url = self.url(&format!("referrers/{digest}")).await?;
+        let mut url = self.url(self.upstream()?, &format!("referrers/{digest}")).await?;
         if let Some(wanted) = artifact_type {
             url.query_pairs_mut().append_pair("artifactType", wanted);
         }
@@ -97,7 +97,7 @@ impl Repository {
     }
 
     async fn fallback_index(&self, subject: &Digest) -> Result<Option<Document>, Error> {
-        match self.manifest(ManifestName::Tag(&fallback_tag(subject))).await {
+        match self.manifest_upstream(ManifestName::Tag(&fallback_tag(subject))).await {
             Ok(index) => Ok(Some(index)),
             Err(Error::NotFound { .. }) => Ok(None),
             Err(error) => Err(error),

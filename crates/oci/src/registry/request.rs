@@ -6,6 +6,7 @@
 use std::{
     collections::HashMap,
     sync::{Mutex, PoisonError, atomic::Ordering},
+    time::Duration,
 };
 
 use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
@@ -17,6 +18,7 @@ use super::{
     challenge::Challenge,
     connections::Lane,
     host::Host,
+    hosts::Settings,
     location::{MAX_HOPS, Origin, location},
     retry::{self, Attempts},
     scope::Scopes,
@@ -43,9 +45,23 @@ pub(super) enum Repeat {
 /// A blob of a repository, whose redirect target is remembered.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct BlobKey {
-    pub(super) registry: String,
+    /// [`Host::key`]
+    pub(super) host: String,
     pub(super) repository: String,
     pub(super) digest: Digest,
+}
+
+/// Why an attempt has failed.
+pub(super) struct Failure {
+    pub(super) error: Error,
+    /// How long the server asks to wait.
+    pub(super) wait: Option<Duration>,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self { error, wait: None }
+    }
 }
 
 /// A request.
@@ -114,6 +130,12 @@ impl Targets {
         targets.insert(key.clone(), url);
     }
 
+    /// Forgets where a repository's blob is, at whatever host.
+    pub(super) fn forget_blob(&self, repository: &str, digest: &Digest) {
+        let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        targets.retain(|key, _| key.repository != repository || key.digest != *digest);
+    }
+
     /// Forgets a target, if it is still that one.
     pub(super) fn forget(&self, key: &BlobKey, url: &Url) {
         let mut targets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -137,18 +159,15 @@ impl Client {
         attempts: &mut Attempts,
     ) -> Result<Answer, Error> {
         loop {
-            let (error, may_repeat, wait) = match self.send_once(host, call).await {
-                Ok(answer) if retry::is_transient(answer.status()) => {
-                    let refused = retry::is_refusal(answer.status()) && call.repeat == Repeat::IfRefused;
-                    let wait = retry::retry_after(answer.headers());
-                    // Read now: an answer that is kept while waiting would keep its place, too.
-                    (answer.into_error().await, refused || call.repeat == Repeat::Always, wait)
-                }
+            let Failure { error, wait } = match self.attempt(host, call).await {
                 Ok(answer) => return Ok(answer),
-                Err(error) => {
-                    let may_repeat = error.is_transient() && call.repeat == Repeat::Always;
-                    (error, may_repeat, None)
-                }
+                Err(failure) => failure,
+            };
+            let refused = matches!(&error, Error::Registry { status: Some(status), .. } if retry::is_refusal(*status));
+            let may_repeat = match call.repeat {
+                Repeat::Always => error.is_transient(),
+                Repeat::IfRefused => refused,
+                Repeat::Never => false,
             };
             // Payloads that are gone can't be sent again, whatever the method.
             if !may_repeat || !call.payload.is_ready() || !attempts.pause(wait).await {
@@ -156,6 +175,22 @@ impl Client {
             }
             self.count_retry();
         }
+    }
+
+    /// Sends a request once (but for credentials, redirects, and redirects' targets that are good no more). An answer
+    /// that may be another one later is an error.
+    ///
+    /// # Errors
+    ///
+    /// As [`Client::send`].
+    pub(super) async fn attempt(&self, host: &Host, call: &mut Call<'_>) -> Result<Answer, Failure> {
+        let answer = self.send_once(host, call).await?;
+        if !retry::is_transient(answer.status()) {
+            return Ok(answer);
+        }
+        let wait = retry::retry_after(answer.headers());
+        // Read now: an answer that is kept while waiting would keep its place, too.
+        Err(Failure { error: answer.into_error().await, wait })
     }
 
     async fn send_once(&self, host: &Host, call: &mut Call<'_>) -> Result<Answer, Error> {
@@ -186,9 +221,17 @@ impl Client {
         loop {
             let mut headers = call.headers.clone();
             let shown = if foreign { None } else { host.authorization(self, call.repository, &call.scopes).await? };
-            headers.extend(shown.clone().map(|value| (header::AUTHORIZATION, value)));
-            let (lane, patience) = (call.lane, call.patience);
-            let mut answer = self.exchange(&call.method, &url, headers, &mut call.payload, (lane, patience)).await?;
+            if !foreign {
+                headers.extend(host.settings.headers.clone());
+            }
+            if let Some(value) = shown.clone() {
+                headers.insert(header::AUTHORIZATION, value);
+            }
+            let how = (call.lane, call.patience);
+            // A foreign layer has nothing to do with this host.
+            let nothing = Settings::default();
+            let settings = if call.elsewhere { &nothing } else { &host.settings };
+            let mut answer = self.exchange(&call.method, &url, headers, &mut call.payload, how, settings).await?;
             let status = answer.status();
 
             if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) && !foreign {

@@ -2,12 +2,13 @@
 
 use std::{
     hash::{BuildHasher as _, RandomState},
-    time::{Duration, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
 use http::{HeaderMap, StatusCode, header};
 
 use super::Config;
+use crate::place::Error;
 
 /// How many repetitions are left of one operation.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(super) struct Attempts {
     retries: u32,
     delay: Duration,
     delay_max: Duration,
+    /// No attempt begins after it.
+    deadline: Option<Instant>,
 }
 
 impl Attempts {
@@ -27,7 +30,13 @@ impl Attempts {
             retries: config.retries,
             delay: config.retry_delay,
             delay_max: config.retry_delay_max,
+            deadline: None,
         }
+    }
+
+    /// Bounds the whole.
+    pub(super) fn until(self, deadline: Instant) -> Self {
+        Self { deadline: Some(deadline), ..self }
     }
 
     /// Waits before the next attempt; `false`, at once, where there is none left.
@@ -35,6 +44,9 @@ impl Attempts {
         let Some(left) = self.left.checked_sub(1) else { return false };
         self.left = left;
         let wait = self.next_delay(retry_after);
+        if self.deadline.is_some_and(|deadline| deadline.saturating_duration_since(Instant::now()) <= wait) {
+            return false;
+        }
         self.failed += 1;
         if let Some(asked) = retry_after.filter(|asked| !asked.is_zero()) {
             tracing::info!(asked_seconds = asked.as_secs(), seconds = wait.as_secs_f32(), "the registry asks to wait");
@@ -62,8 +74,29 @@ impl Attempts {
     }
 }
 
+/// Does something that must not take longer than [`Config::deadline`], repetitions and all. `work` is told when that is.
+///
+/// # Errors
+/// [`Error::Registry`], transient, where it would.
+pub(super) async fn within<T>(
+    config: &Config,
+    work: impl AsyncFnOnce(Instant) -> Result<T, Error>,
+) -> Result<T, Error> {
+    let deadline = Instant::now() + config.deadline;
+    match tokio::time::timeout_at(deadline.into(), work(deadline)).await {
+        Ok(outcome) => outcome,
+        Err(_) => Err(Error::Registry {
+            method: "GET".to_owned(),
+            url: "the registry and its mirrors".to_owned(),
+            status: None,
+            detail: format!("no whole answer within {} seconds", config.deadline.as_secs_f32()),
+            transient: true,
+        }),
+    }
+}
+
 /// Shortens a time by up to a half, so that clients that failed together don't come back together.
-fn jittered(time: Duration) -> Duration {
+pub(super) fn jittered(time: Duration) -> Duration {
     // A hasher with fresh random keys: no crate of random numbers is needed for this.
     let random = RandomState::new().hash_one(0) % 1024;
     time / 2 + time / 2 * u32::try_from(random).unwrap_or(0) / 1024
@@ -83,8 +116,8 @@ pub(super) fn is_transient(status: StatusCode) -> bool {
 }
 
 /// Says whether a status means that the request was not acted upon, so that one that is not idempotent may be repeated.
-pub(super) fn is_refusal(status: StatusCode) -> bool {
-    matches!(status, StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE)
+pub(super) fn is_refusal(status: u16) -> bool {
+    matches!(status, 408 | 429 | 503)
 }
 
 /// Reads `Retry-After`: seconds, or a date.
@@ -125,7 +158,7 @@ mod tests {
 
     fn attempts(retries: u32) -> Attempts {
         let delay = Duration::from_millis(100);
-        Attempts { left: retries, failed: 0, retries, delay, delay_max: Duration::from_secs(1) }
+        Attempts { left: retries, failed: 0, retries, delay, delay_max: Duration::from_secs(1), deadline: None }
     }
 
     #[test]
@@ -155,6 +188,15 @@ mod tests {
         assert!(attempts.pause(None).await && attempts.pause(None).await);
         assert!(!attempts.pause(None).await);
         attempts.progress();
+        assert!(attempts.pause(None).await);
+    }
+
+    #[tokio::test]
+    async fn no_attempt_begins_after_the_deadline() {
+        let soon = Instant::now() + Duration::from_secs(5);
+        let mut attempts =
+            Attempts { delay: Duration::ZERO, delay_max: Duration::from_secs(60), ..attempts(2) }.until(soon);
+        assert!(!attempts.pause(Some(Duration::from_secs(30))).await);
         assert!(attempts.pause(None).await);
     }
 

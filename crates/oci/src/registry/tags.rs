@@ -32,7 +32,7 @@ impl Repository {
     ///
     /// [`Error::NotFound`] where there is no such repository.
     pub async fn tags(&self) -> Result<Vec<String>, Error> {
-        let url = self.url("tags/list").await?;
+        let url = self.url(self.upstream()?, "tags/list").await?;
         self.list(url, "the list of tags").await
     }
 
@@ -42,7 +42,7 @@ impl Repository {
     ///
     /// [`Error::NotFound`] or [`Error::Denied`] where the registry does not tell.
     pub async fn catalog(&self) -> Result<Vec<String>, Error> {
-        let url = self.host.base(&self.client).await?.join("v2/_catalog").map_err(|_| self.bad_url())?;
+        let url = self.upstream()?.url(&self.client, "_catalog").await?;
         self.list(url, "the list of repositories").await
     }
 
@@ -76,7 +76,7 @@ impl Repository {
         let refused =
             |detail: String| Error::Invalid { what: format!("the next page that {} names", self.place()), detail };
         let next = next.map_err(|why| refused(why.to_string()))?;
-        if Origin::of(&next) == Origin::of(self.host.base(&self.client).await?) {
+        if Origin::of(&next) == Origin::of(self.upstream()?.base(&self.client).await?) {
             return Ok(next);
         }
         Err(refused(format!("it is at {}", Origin::of(&next).authority())))

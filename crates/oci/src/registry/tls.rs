@@ -18,6 +18,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use super::{
     Config,
     anchors::{ClientIdentity, trusting},
+    hosts::ConnectionSettings,
 };
 use crate::place::Error;
 
@@ -37,18 +38,21 @@ pub(super) struct Trust {
     pub(super) loopback: bool,
     /// The host's directory of certificates.
     pub(super) directory: Option<PathBuf>,
+    /// What the administrator has said of it.
+    pub(super) settings: Option<Arc<ConnectionSettings>>,
 }
 
 /// Makes a client of its own for each kind of trust.
 pub(super) fn build_client(config: &Config, trust: &Trust) -> Result<reqwest::Client, Error> {
     install_provider();
+    let settings = trust.settings.as_deref();
     let mut builder = reqwest::Client::builder()
         .user_agent(concat!("loris/", env!("CARGO_PKG_VERSION")))
         // Followed by hand: who may see credentials is not the library's decision.
         .redirect(reqwest::redirect::Policy::none())
         .retry(reqwest::retry::never())
         .referer(false)
-        .connect_timeout(config.connect_timeout)
+        .connect_timeout(settings.and_then(|settings| settings.dial_timeout).unwrap_or(config.connect_timeout))
         .pool_idle_timeout(IDLE)
         .pool_max_idle_per_host(config.connections_per_host.saturating_mul(2))
         .tcp_keepalive(config.stall_timeout);
@@ -67,6 +71,14 @@ pub(super) fn build_client(config: &Config, trust: &Trust) -> Result<reqwest::Cl
             let (more, own) = read_directory(directory)?;
             authorities.extend(more);
             identity = own;
+        }
+        if let Some(settings) = settings {
+            for file in &settings.authorities {
+                authorities.extend(read_authorities(file)?);
+            }
+            if let Some((certificate, key)) = &settings.client {
+                identity = Some(read_identity(certificate, key.as_deref())?);
+            }
         }
         if !trust.verify || authorities.is_empty() {
             builder = builder.tls_danger_accept_invalid_certs(!trust.verify);
@@ -124,15 +136,24 @@ fn read_directory(directory: &Path) -> Result<(Vec<CertificateDer<'static>>, Opt
     }
     let Some(certificate) = with("cert").next() else { return Ok((authorities, None)) };
     let key = certificate.with_extension("key");
-    let pem = [read(certificate)?, b"\n".to_vec(), read(&key)?].concat();
+    Ok((authorities, Some(read_identity(certificate, Some(&key))?)))
+}
+
+/// Reads a certificate and its key, which may be in the same file.
+fn read_identity(certificate: &Path, key: Option<&Path>) -> Result<OwnCertificate, Error> {
+    let key_text = key.map(read).transpose()?.unwrap_or_default();
+    let pem = [read(certificate)?, b"\n".to_vec(), key_text].concat();
     let invalid = || Error::Invalid {
         what: certificate.display().to_string(),
-        detail: format!("it and {} are not a certificate and its key in PEM", key.display()),
+        detail: match key {
+            Some(key) => format!("it and {} are not a certificate and its key in PEM", key.display()),
+            None => "it does not hold a certificate and its key in PEM".to_owned(),
+        },
     };
     let identity = reqwest::Identity::from_pem(&pem).map_err(|_| invalid())?;
     let chain = CertificateDer::pem_slice_iter(&pem).collect::<Result<Vec<_>, _>>().map_err(|_| invalid())?;
     let private = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| invalid())?;
-    Ok((authorities, Some((identity, (chain, private)))))
+    Ok((identity, (chain, private)))
 }
 
 fn read_authorities(file: &Path) -> Result<Vec<CertificateDer<'static>>, Error> {

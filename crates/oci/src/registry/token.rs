@@ -189,13 +189,17 @@ async fn ask(
     mut headers: HeaderMap,
     mut payload: Payload,
 ) -> Result<Answer, Error> {
+    // Its certificates and times, and not its headers.
+    let settings = &host.settings;
     let mut attempts = Attempts::new(client.config());
     let mut url = start;
     let mut hops = 0;
     client.counters().tokens.fetch_add(1, Ordering::Relaxed);
     headers.insert(header::ACCEPT, HeaderValue::from_static("application/json"));
     loop {
-        let sent = client.exchange(&method, &url, headers.clone(), &mut payload, (Lane::Short, Patience::Step)).await;
+        let sent = client
+            .exchange(&method, &url, headers.clone(), &mut payload, (Lane::Short, Patience::Step), settings)
+            .await;
         let mut answer = match sent {
             Ok(answer) => answer,
             Err(error) if error.is_transient() && attempts.pause(None).await => {

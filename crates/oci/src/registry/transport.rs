@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -17,7 +17,9 @@ use super::{
     Client,
     connections::{Lane, Place},
     error::{self, ERROR_BYTES},
+    hosts::Settings,
     location::Origin,
+    meter::Meter,
 };
 use crate::place::{BlobStream, Error};
 
@@ -55,7 +57,20 @@ pub(super) struct Answer {
     response: reqwest::Response,
     place: Place,
     stall: Duration,
+    pace: Pace,
     counters: Arc<Counters>,
+    meter: Arc<Meter>,
+    /// Whether its body is one that is read as fast as it comes.
+    is_measured: bool,
+}
+
+/// Whether a body comes fast enough to be called alive.
+struct Pace {
+    least_bytes_per_second: u64,
+    /// Over so much time of waiting.
+    over: Duration,
+    waited: Duration,
+    bytes: u64,
 }
 
 /// Counts of everything that a client has done.
@@ -82,9 +97,10 @@ impl Client {
         mut headers: HeaderMap,
         payload: &mut Payload,
         (lane, patience): (Lane, Patience),
+        settings: &Settings,
     ) -> Result<Answer, Error> {
         let config = self.config();
-        let connection = self.connections().to(&Origin::of(url), config)?;
+        let connection = self.connections().to(&Origin::of(url), settings.connection.as_ref(), config)?;
         let place = connection.place(lane).await;
         let counters = self.counters().clone();
         counters.requests.fetch_add(1, Ordering::Relaxed);
@@ -117,12 +133,13 @@ impl Client {
         *request.headers_mut() = headers;
         *request.body_mut() = body;
 
-        let stall = config.stall_timeout;
+        let stall = settings.patience.map_or(config.stall_timeout, |patience| patience.min(config.stall_timeout));
         let patience = match patience {
             Patience::Step => stall,
             Patience::Commit => config.commit_timeout,
         };
         tracing::trace!(%method, url = super::location::redacted(url), "request");
+        let asked_at = Instant::now();
         let mut answering = std::pin::pin!(connection.http.execute(request));
         let mut before = 0;
         let response = loop {
@@ -140,7 +157,32 @@ impl Client {
                 }
             }
         };
-        Ok(Answer { method: method.clone(), url: url.clone(), response, place, stall, counters })
+        let meter = connection.meter.clone();
+        let now = Instant::now();
+        if length == 0 {
+            meter.answered(now.saturating_duration_since(asked_at));
+        }
+        let is_measured = lane == Lane::Short && length == 0;
+        if is_measured {
+            meter.begin(now);
+        }
+        let pace = Pace {
+            least_bytes_per_second: config.least_bytes_per_second,
+            over: stall.saturating_mul(2),
+            waited: Duration::ZERO,
+            bytes: 0,
+        };
+        Ok(Answer {
+            method: method.clone(),
+            url: url.clone(),
+            response,
+            place,
+            stall,
+            pace,
+            counters,
+            meter,
+            is_measured,
+        })
     }
 
     /// Takes note of a repetition.
@@ -158,7 +200,36 @@ fn pieces(mut bytes: Bytes) -> BlobStream {
     })))
 }
 
+impl Pace {
+    /// Takes note of bytes that were waited for; what is wrong, where too few come.
+    fn check(&mut self, waited: Duration, bytes: usize) -> Result<(), String> {
+        self.waited += waited;
+        self.bytes += bytes as u64;
+        if self.waited < self.over {
+            return Ok(());
+        }
+        let seconds = self.waited.as_secs_f32();
+        let bytes = std::mem::take(&mut self.bytes);
+        let least = u128::from(self.least_bytes_per_second) * self.waited.as_millis() / 1000;
+        self.waited = Duration::ZERO;
+        if u128::from(bytes) < least { Err(format!("no more than {bytes} bytes in {seconds} seconds")) } else { Ok(()) }
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        if self.is_measured {
+            self.meter.end(Instant::now());
+        }
+    }
+}
+
 impl Answer {
+    /// Returns what measures the host that answered.
+    pub(super) fn meter(&self) -> &Arc<Meter> {
+        &self.meter
+    }
+
     pub(super) fn status(&self) -> StatusCode {
         self.response.status()
     }
@@ -195,6 +266,7 @@ impl Answer {
 
     /// Returns the next bytes of the body, `None` at its end.
     pub(super) async fn chunk(&mut self) -> Result<Option<Bytes>, Error> {
+        let asked_at = Instant::now();
         let next = match tokio::time::timeout(self.stall, self.response.chunk()).await {
             Ok(next) => next.map_err(|error| error::transport(&self.method, &self.url, error))?,
             Err(_) => {
@@ -203,6 +275,12 @@ impl Answer {
             }
         };
         if let Some(bytes) = &next {
+            let now = Instant::now();
+            self.meter.arrived(bytes.len(), now);
+            // The reader's own time is not the server's.
+            self.pace
+                .check(now.saturating_duration_since(asked_at), bytes.len())
+                .map_err(|detail| error::broken(&self.method, &self.url, detail))?;
             self.place.gate().moved();
             self.counters.received.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         }
@@ -246,5 +324,29 @@ impl Answer {
     pub(super) async fn into_error(mut self) -> Error {
         let detail = self.words().await;
         error::unexpected(&self.method, &self.url, self.status(), detail)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_byte_now_and_then_is_no_life() {
+        let second = Duration::from_secs(1);
+        for (name, waits, expected) in [
+            ("fast", vec![(second, 1 << 20); 100], true),
+            ("just enough", vec![(second, 64); 100], true),
+            ("too little", vec![(second, 63); 60], false),
+            ("a byte each time", vec![(29 * second, 1); 3], false),
+            ("a short one", vec![(second, 1); 59], true),
+            ("a slow end", [vec![(second, 1 << 20); 60], vec![(second, 1); 60]].concat(), false),
+            ("a slow reader", vec![(Duration::ZERO, 1); 100_000], true),
+        ] {
+            let over = 60 * second;
+            let mut pace = Pace { least_bytes_per_second: 64, over, waited: Duration::ZERO, bytes: 0 };
+            let outcome = waits.into_iter().try_for_each(|(waited, bytes)| pace.check(waited, bytes));
+            assert_eq!(outcome.is_ok(), expected, "{name}: {outcome:?}");
+        }
     }
 }

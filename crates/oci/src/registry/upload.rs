@@ -61,10 +61,10 @@ impl Repository {
     ///
     /// [`Error::Corrupt`] where it has one of another size under this digest.
     pub async fn has_blob(&self, descriptor: &Descriptor) -> Result<bool, Error> {
-        let url = self.url(&format!("blobs/{}", descriptor.digest)).await?;
+        let url = self.url(self.target()?, &format!("blobs/{}", descriptor.digest)).await?;
         let mut call = Call::read(Method::HEAD, url, &self.name);
         let mut attempts = Attempts::new(self.client.config());
-        match self.client.send(&self.host, &mut call, &mut attempts).await {
+        match self.client.send(self.target()?, &mut call, &mut attempts).await {
             Ok(answer) if answer.status() == StatusCode::OK => match answer.length() {
                 Some(length) if length != descriptor.size => {
                     let detail = format!("it has {length} bytes there instead of {}", descriptor.size);
@@ -84,13 +84,13 @@ impl Repository {
     /// Asks for a blob of another repository of this registry. `Err` of a session: the registry has begun an upload
     /// instead; nothing where it won't.
     pub(super) async fn mount(&self, digest: &Digest, from: &str) -> Result<Result<(), Option<Session>>, Error> {
-        let mut url = self.url("blobs/uploads/").await?;
+        let mut url = self.url(self.target()?, "blobs/uploads/").await?;
         url.query_pairs_mut().append_pair("mount", &digest.to_string()).append_pair("from", from);
         let mut call = Call::write(Method::POST, url, &self.name);
         call.repeat = Repeat::IfRefused;
         call.scopes = call.scopes.and_repository(from, &["pull"]);
         let mut attempts = Attempts::new(self.client.config());
-        match self.client.send(&self.host, &mut call, &mut attempts).await {
+        match self.client.send(self.target()?, &mut call, &mut attempts).await {
             Ok(answer) if answer.status() == StatusCode::CREATED => Ok(Ok(())),
             Ok(answer) if answer.status() == StatusCode::ACCEPTED => Ok(Err(Some(session(&answer)?))),
             // Not being allowed to read from there, or to mount at all, only means that the blob has to be sent.
@@ -227,9 +227,9 @@ impl Repository {
 
     /// Begins an upload.
     async fn begin(&self, attempts: &mut Attempts) -> Result<Session, Error> {
-        let mut call = Call::write(Method::POST, self.url("blobs/uploads/").await?, &self.name);
+        let mut call = Call::write(Method::POST, self.url(self.target()?, "blobs/uploads/").await?, &self.name);
         call.repeat = Repeat::IfRefused;
-        let answer = self.client.send(&self.host, &mut call, attempts).await?;
+        let answer = self.client.send(self.target()?, &mut call, attempts).await?;
         if answer.status() != StatusCode::ACCEPTED {
             return Err(answer.into_error().await);
         }
@@ -253,7 +253,7 @@ impl Repository {
         call.patience = Patience::Commit;
         call.repeat = repeat;
         call.payload = payload;
-        let mut answer = self.client.send(&self.host, &mut call, attempts).await?;
+        let mut answer = self.client.send(self.target()?, &mut call, attempts).await?;
         match answer.status() {
             status if status.is_success() => {}
             // The session is gone, or another process has ended it.
@@ -277,7 +277,9 @@ impl Repository {
         let mut call = Call::write(Method::DELETE, session.location.clone(), &self.name);
         call.repeat = Repeat::Never;
         let mut attempts = Attempts::new(self.client.config());
-        if let Err(error) = self.client.send(&self.host, &mut call, &mut attempts).await {
+        // Its upload has begun there.
+        let Ok(target) = self.target() else { return };
+        if let Err(error) = self.client.send(target, &mut call, &mut attempts).await {
             tracing::debug!(%error, "an upload was not cancelled");
         }
     }

@@ -13,6 +13,7 @@ use loris_testkit::registry::FaultRegistry;
 
 mod access;
 mod faults;
+mod mirrors;
 mod peer;
 mod redirects;
 mod writing;
@@ -22,6 +23,7 @@ fn config() -> Config {
     Config {
         environment: auth::Environment::default(),
         cert_roots: Vec::new(),
+        hosts_dirs: Vec::new(),
         retry_delay: Duration::from_millis(1),
         retry_delay_max: Duration::from_millis(20),
         ..Config::default()

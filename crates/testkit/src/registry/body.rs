@@ -36,6 +36,8 @@ pub(super) struct FaultyBody {
     sent: u64,
     ending: Ending,
     stall: Option<(u64, Duration)>,
+    /// After the first stall there is one before every byte.
+    drips: bool,
     sleep: Option<Pin<Box<tokio::time::Sleep>>>,
     length_known: bool,
     flushed: bool,
@@ -67,6 +69,7 @@ impl FaultyBody {
             sent: 0,
             ending: Ending::Whole,
             stall: None,
+            drips: false,
             sleep: None,
             length_known: true,
             flushed: false,
@@ -81,6 +84,11 @@ impl FaultyBody {
 
     pub(super) fn stall(mut self, stall: Option<(u64, Duration)>) -> Self {
         self.stall = stall;
+        self
+    }
+
+    pub(super) fn drips(mut self, drips: bool) -> Self {
+        self.drips = drips;
         self
     }
 
@@ -112,7 +120,7 @@ impl Body for FaultyBody {
             if let Some((at, time)) = this.stall
                 && this.sent >= at
             {
-                this.stall = None;
+                this.stall = this.drips.then_some((at + 1, time));
                 this.sleep = Some(Box::pin(tokio::time::sleep(time)));
                 continue;
             }

@@ -40,6 +40,8 @@ pub enum Effect {
     ExtraBytes(Bytes),
     /// Sends this many bytes of the body, then nothing for the given time.
     Stall(u64, Duration),
+    /// Sends this many bytes of the body, then one byte each time that the given time has passed.
+    Drip(u64, Duration),
     /// Resets the connection (RST) after this many bytes of the body.
     Reset(u64),
     /// Resets the connection before any answer.

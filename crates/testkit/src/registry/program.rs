@@ -36,6 +36,8 @@ pub struct DockerRegistryOptions {
     pub client_certificate: bool,
     /// Ask for this user name and password (Basic).
     pub credentials: Option<(String, String)>,
+    /// Be a pull-through proxy of the registry at this address.
+    pub proxy_of: Option<String>,
 }
 
 impl DockerRegistry {
@@ -124,6 +126,9 @@ fn configuration(directory: &Path, options: &DockerRegistryOptions) -> anyhow::R
         let line = run(Command::new("htpasswd").args(["-Bbn", username, password]))?;
         std::fs::write(directory.join("htpasswd"), line)?;
         writeln!(config, "auth: {{htpasswd: {{realm: tests, path: {root}/htpasswd}}}}")?;
+    }
+    if let Some(upstream) = &options.proxy_of {
+        writeln!(config, "proxy: {{remoteurl: \"{upstream}\"}}")?;
     }
     config.push_str("http:\n  addr: 127.0.0.1:0\n");
     if options.tls {

@@ -152,6 +152,7 @@ fn with_fault(
 ) -> Response<FaultyBody> {
     let mut ending = Ending::Whole;
     let mut stall = None;
+    let mut drips = false;
     let mut length_known = true;
     match effect {
         Some(Effect::ShiftRange(by)) => shift(&mut answer, asked.headers, *by, true),
@@ -175,6 +176,7 @@ fn with_fault(
             length_known = false;
         }
         Some(Effect::Stall(at, time)) => stall = Some((*at, *time)),
+        Some(Effect::Drip(at, time)) => (stall, drips) = (Some((*at, *time)), true),
         Some(Effect::NoLength) => length_known = false,
         Some(Effect::WrongContent(content)) => {
             let whole = Answer::blob(content, asked.headers);
@@ -201,7 +203,11 @@ fn with_fault(
     }
     let is_head = asked.method == http::Method::HEAD;
     let body = if is_head { Bytes::new() } else { answer.body };
-    let body = FaultyBody::new(body, connection).ending(ending).stall(stall).length_known(length_known && !is_head);
+    let body = FaultyBody::new(body, connection)
+        .ending(ending)
+        .stall(stall)
+        .drips(drips)
+        .length_known(length_known && !is_head);
     let mut response = Response::new(body);
     *response.status_mut() = answer.status;
     *response.headers_mut() = headers;

@@ -193,7 +193,12 @@ impl<'a> Json<'a> {
     }
 
     /// Returns the next byte that is no white space, and goes there.
+    #[inline]
     fn peek(&mut self) -> Option<u8> {
+        // How Go indents the members of an entry: a tenth of a table is this.
+        if self.text[self.at..].first_chunk() == Some(b"\n\t\t\t") {
+            self.at += 4;
+        }
         loop {
             let byte = *self.text.get(self.at)?;
             if byte > b' ' || !matches!(byte, b' ' | b'\t' | b'\n' | b'\r') {
@@ -203,12 +208,14 @@ impl<'a> Json<'a> {
         }
     }
 
+    #[inline]
     fn take(&mut self, byte: u8) -> bool {
         let taken = self.peek() == Some(byte);
         self.at += usize::from(taken);
         taken
     }
 
+    #[inline]
     fn require(&mut self, byte: u8, problem: &'static str) -> Result<(), JsonError> {
         match self.take(byte) {
             true => Ok(()),

@@ -1,23 +1,40 @@
-//! Names of directories while an index is built: a hash table of (directory, name).
+//! Names of directories while an index is built: a hash table of names for each directory.
 //!
-//! Names are stored once and moved into the index at the end. 32 bytes a name, 4 to 8 for the table, and the name.
+//! One table for all would be smaller, and each look into it a miss of all caches: entries of one directory come
+//! together, and so the table that they need is at hand. Names are stored once and moved into the index at the end. 24
+//! bytes a name, 16 to 32 for the table, and the name.
 
-use std::hash::{BuildHasher, RandomState};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 
 #[derive(Debug, Default)]
 pub(super) struct Names {
     names: Vec<Name>,
-    /// Open addressing: a name's place and one, or 0. A power of two long, at most half full.
-    table: Vec<u32>,
+    /// A directory's table and one, by its node; 0 where it has no names.
+    tables_of: Vec<u32>,
+    tables: Vec<Table>,
     /// Seeded, since names are an attacker's. The order of names does not depend on it.
     hasher: RandomState,
+}
+
+/// The names of one directory. Open addressing: a power of two long, at most half full.
+#[derive(Debug, Default)]
+struct Table {
+    slots: Vec<Slot>,
+    taken: usize,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    /// A name's place and one; 0 where there is none.
+    name: u32,
+    /// A part of its hash: the name need not be looked at where it differs.
+    tag: u32,
 }
 
 #[derive(Debug)]
 struct Name {
     directory: u32,
     node: u32,
-    hash: u64,
     name: Box<[u8]>,
 }
 
@@ -36,29 +53,32 @@ impl ByDirectory {
 
 impl Names {
     pub(super) fn find(&self, directory: u32, name: &[u8]) -> Option<u32> {
-        if self.table.is_empty() {
-            return None;
-        }
-        let mut slot = self.slot(self.hasher.hash_one((directory, name)));
-        loop {
-            let place = self.table[slot].checked_sub(1)?;
-            let candidate = &self.names[place as usize];
-            if candidate.directory == directory && *candidate.name == *name {
-                return Some(place);
-            }
-            slot = (slot + 1) & (self.table.len() - 1);
-        }
+        let table = self.tables_of.get(directory as usize)?.checked_sub(1)?;
+        let tag = self.tag(name);
+        self.tables[table as usize].with(tag).find(|place| *self.names[*place as usize].name == *name)
+    }
+
+    /// Makes room for so many names.
+    pub(super) fn reserve(&mut self, names: usize) {
+        self.names.reserve(names);
+        self.tables_of.reserve(names);
     }
 
     /// Adds a name that is not there; `None` where there are too many.
     pub(super) fn insert(&mut self, directory: u32, name: &[u8], node: u32) -> Option<()> {
-        if (self.names.len() + 1) * 2 > self.table.len() {
-            self.grow()?;
-        }
-        let hash = self.hasher.hash_one((directory, name));
         let place = u32::try_from(self.names.len() + 1).ok()?;
-        self.names.push(Name { directory, node, hash, name: name.into() });
-        self.occupy(hash, place);
+        let at = directory as usize;
+        if self.tables_of.len() <= at {
+            self.tables_of.resize(at + 1, 0);
+        }
+        if self.tables_of[at] == 0 {
+            self.tables.push(Table::default());
+            // No more tables than names.
+            self.tables_of[at] = u32::try_from(self.tables.len()).ok()?;
+        }
+        let tag = self.tag(name);
+        self.tables[self.tables_of[at] as usize - 1].insert(Slot { name: place, tag });
+        self.names.push(Name { directory, node, name: name.into() });
         Some(())
     }
 
@@ -111,29 +131,42 @@ impl Names {
         ByDirectory { order, first }
     }
 
-    fn slot(&self, hash: u64) -> usize {
-        #[expect(clippy::cast_possible_truncation, reason = "the low bits are as good as others, and only they count")]
-        let bits = hash as usize;
-        bits & (self.table.len() - 1)
+    fn tag(&self, name: &[u8]) -> u32 {
+        let mut hasher = self.hasher.build_hasher();
+        hasher.write(name);
+        // What is left are 32 bits.
+        u32::try_from(hasher.finish() >> 32).unwrap_or_default()
+    }
+}
+
+impl Table {
+    const LEAST_SLOTS: usize = 8;
+
+    /// Returns the places of the names that have this tag.
+    fn with(&self, tag: u32) -> impl Iterator<Item = u32> {
+        let mask = self.slots.len().wrapping_sub(1);
+        // At least half of the slots are free, so that one ends the search.
+        let slots = (0..self.slots.len()).map(move |step| self.slots[(tag as usize + step) & mask]);
+        slots.take_while(|slot| slot.name != 0).filter(move |slot| slot.tag == tag).map(|slot| slot.name - 1)
     }
 
-    fn occupy(&mut self, hash: u64, place: u32) {
-        let mut slot = self.slot(hash);
-        while self.table[slot] != 0 {
-            slot = (slot + 1) & (self.table.len() - 1);
+    fn insert(&mut self, slot: Slot) {
+        if (self.taken + 1) * 2 > self.slots.len() {
+            let length = (self.slots.len() * 2).max(Self::LEAST_SLOTS);
+            let before = std::mem::replace(&mut self.slots, vec![Slot::default(); length]);
+            before.into_iter().filter(|slot| slot.name != 0).for_each(|slot| self.occupy(slot));
         }
-        self.table[slot] = place;
+        self.occupy(slot);
+        self.taken += 1;
     }
 
-    fn grow(&mut self) -> Option<()> {
-        let length = self.table.len().checked_mul(2)?.max(64);
-        self.table.clear();
-        self.table.resize(length, 0);
-        for place in 0..self.names.len() {
-            let hash = self.names[place].hash;
-            self.occupy(hash, u32::try_from(place + 1).ok()?);
+    fn occupy(&mut self, slot: Slot) {
+        let mask = self.slots.len() - 1;
+        let mut at = slot.tag as usize & mask;
+        while self.slots[at].name != 0 {
+            at = (at + 1) & mask;
         }
-        Some(())
+        self.slots[at] = slot;
     }
 }
 

@@ -23,9 +23,15 @@ const MINOR_LIMIT: u32 = 1 << 20;
 const NODE_LIMIT: usize = u32::MAX as usize - 1;
 
 impl IndexBuilder {
-    pub(super) fn place(&mut self, entry: u64, mut attributes: Attributes, kind: NewKind<'_>) -> Result<(), Problem> {
+    pub(super) fn place(
+        &mut self,
+        entry: u64,
+        path: &[u8],
+        mut attributes: Attributes,
+        kind: NewKind<'_>,
+    ) -> Result<(), Problem> {
         check_attributes(&mut attributes, &self.limits)?;
-        let path = path::clean(&self.last_name, &self.limits)?;
+        let path = path::cleaned(path, &self.limits)?;
         let Some((directory, name)) = path::split_last(&path) else {
             return self.place_root(entry, attributes, kind);
         };
@@ -63,12 +69,12 @@ impl IndexBuilder {
                 if !in_tree {
                     return Ok(());
                 }
-                let target = path::clean(target, &self.limits)?;
+                let target = path::cleaned(target, &self.limits)?;
                 if let Some(node) = self.link_target(&target, (directory, name))? {
                     self.set_name(directory, name, standing, node)?;
                     return Ok(());
                 }
-                DraftKind::Pending { target: target.into(), waiting: Waiting::Untried }
+                DraftKind::Pending { target: (*target).into(), waiting: Waiting::Untried }
             }
             NewKind::CharDevice { major, minor } | NewKind::BlockDevice { major, minor }
                 if major >= MAJOR_LIMIT || minor >= MINOR_LIMIT =>

@@ -154,7 +154,7 @@ impl Repository {
             call.lane = Lane::Upload;
             call.repeat = Repeat::Never;
             call.payload = Payload::Bytes(rest);
-            let failure = match self.client.send(&self.host, &mut call, attempts).await {
+            let failure = match self.client.send(self.target()?, &mut call, attempts).await {
                 Ok(answer) if answer.status() == StatusCode::ACCEPTED => {
                     session.moved(&answer)?;
                     at = received(&answer).filter(|taken| (at..=end).contains(taken)).unwrap_or(end);
@@ -184,7 +184,7 @@ impl Repository {
     /// Asks how much of an upload has been taken, in bytes.
     async fn received(&self, session: &mut Session, attempts: &mut Attempts) -> Result<u64, Error> {
         let mut call = Call::write(Method::GET, session.location.clone(), &self.name);
-        let mut answer = self.client.send(&self.host, &mut call, attempts).await?;
+        let mut answer = self.client.send(self.target()?, &mut call, attempts).await?;
         match answer.status() {
             status if status.is_success() => {
                 session.moved(&answer)?;

@@ -100,6 +100,33 @@ async fn one_token_serves_many_requests() {
 }
 
 #[tokio::test]
+async fn a_password_that_has_changed_is_looked_up_again() {
+    use base64::Engine as _;
+    let registry = FaultRegistry::start().await;
+    let blob = content(1000);
+    registry.add_blob(blob.clone());
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("auth.json");
+    let change = |password: &str| {
+        let auth = base64::prelude::BASE64_STANDARD.encode(format!("u:{password}"));
+        std::fs::write(&file, format!(r#"{{"auths":{{"{}":{{"auth":"{auth}"}}}}}}"#, registry.address())).unwrap();
+    };
+    let environment = loris_oci::auth::Environment { auth_file: Some(file.clone()), ..Default::default() };
+    let source = source(&registry, Config { environment, ..config() });
+    for access in [
+        (|password: &str| Access::Basic { username: "u".into(), password: password.into() }) as fn(&str) -> Access,
+        |password| Access::Token(Tokens { credentials: Some(("u".into(), password.into())), ..Tokens::default() }),
+    ] {
+        for password in ["one", "two", "three"] {
+            change(password);
+            registry.access(access(password));
+            registry.expire_tokens();
+            assert_eq!(source.blob_range(&descriptor(&blob), 0..10).await.unwrap(), blob[..10], "{password}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_refusal_is_heard_by_all_who_wait_for_it() {
     let registry = FaultRegistry::start().await;
     let blob = content(1000);

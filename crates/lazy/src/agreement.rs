@@ -1,0 +1,189 @@
+//! Whether a layer's index says the same as its tar.
+//!
+//! A lazy reader shows the index, everyone else the tar: where the two differ, the image is two images, and whoever looked
+//! at one of them has not seen the other. Here the tar's entries are compared with the nodes of the index: what they are,
+//! their attributes, and that each piece of content has the digest that the index knows it by.
+//!
+//! An entry that a later one replaces does not count; where an entry stands twice, the last one does.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Read},
+};
+
+use loris_format::{
+    digest::Hasher,
+    estargz::toc::{TOC_NAME, is_same_time},
+    index::{LayerIndex, Node, NodeId, NodeKind},
+    limits::Limits,
+    position::DataOffset,
+    tar::{self, EntryKind, path},
+};
+
+use crate::error::path_of;
+
+/// Differences that are remembered.
+const MOST_DIFFERENCES: usize = 1000;
+
+/// Compares, and returns what differs: a sentence each, by path. Reads the archive to its end and nothing behind it.
+pub(crate) fn compare(archive: impl Read, index: &LayerIndex, limits: &Limits) -> io::Result<Vec<String>> {
+    let mut archive = tar::Reader::new(archive, limits);
+    let mut comparison =
+        Comparison { index, seen: vec![false; index.nodes().len()], differences: BTreeMap::new(), more: 0 };
+    while let Some(entry) = archive.next_entry().map_err(io::Error::other)? {
+        let name = path::clean(&entry.path, limits).map_err(io::Error::other)?;
+        // The format's own; the index has no node for it.
+        if name == TOC_NAME.as_bytes() {
+            continue;
+        }
+        let difference = comparison.entry(&entry, &name, &mut archive)?;
+        comparison.note(name, difference);
+    }
+    Ok(comparison.finish())
+}
+
+struct Comparison<'a> {
+    index: &'a LayerIndex,
+    /// Which nodes the tar has.
+    seen: Vec<bool>,
+    differences: BTreeMap<Vec<u8>, String>,
+    more: usize,
+}
+
+impl Comparison<'_> {
+    fn note(&mut self, name: Vec<u8>, difference: Option<String>) {
+        match difference {
+            None => drop(self.differences.remove(&name)),
+            Some(difference) if self.differences.len() < MOST_DIFFERENCES => {
+                self.differences.insert(name, difference);
+            }
+            Some(_) => self.more += 1,
+        }
+    }
+
+    fn finish(self) -> Vec<String> {
+        let shown = |(name, difference): (Vec<u8>, String)| {
+            format!("/{}: {difference}", name.escape_ascii().take(400).map(char::from).collect::<String>())
+        };
+        let mut differences: Vec<String> = self.differences.into_iter().map(shown).collect();
+        let unseen = (0..)
+            .map(NodeId)
+            .zip(&self.seen)
+            .find(|(id, seen)| !**seen && *id != NodeId::ROOT && !self.index.is_implied(*id));
+        if let Some((id, _)) = unseen {
+            differences.push(format!("{}: the index has it, the tar has not", path_of(self.index, id)));
+        }
+        if self.more > 0 {
+            differences.push(format!("{} more entries differ", self.more));
+        }
+        differences
+    }
+
+    fn entry<R: Read>(
+        &mut self,
+        entry: &tar::Entry,
+        name: &[u8],
+        archive: &mut tar::Reader<R>,
+    ) -> io::Result<Option<String>> {
+        let Some(id) = self.index.lookup(name) else {
+            let hidden = self.is_hidden(name);
+            return Ok((!hidden).then(|| "the tar has it, the index has not".to_owned()));
+        };
+        self.seen[id.0 as usize] = true;
+        let node = self.index.node(id);
+        if entry.kind == EntryKind::HardLink {
+            let target = path::clean(&entry.link, &Limits::default()).ok().and_then(|link| self.index.lookup(&link));
+            return Ok((target != Some(id)).then(|| "it is a hard link to another file in the tar".to_owned()));
+        }
+        if let Some(difference) = differs(entry, node) {
+            return Ok(Some(difference));
+        }
+        match &node.kind {
+            NodeKind::Regular(content) if content.size > 0 => self.content(content.data, content.size, archive),
+            _ => Ok(None),
+        }
+    }
+
+    /// Says whether a later entry has put a file in the place of a directory above this one.
+    fn is_hidden(&self, name: &[u8]) -> bool {
+        let mut at = name;
+        while let Some((parent, _)) = path::split_last(at).filter(|(parent, _)| !parent.is_empty()) {
+            if let Some(id) = self.index.lookup(parent) {
+                return !matches!(self.index.node(id).kind, NodeKind::Directory { .. });
+            }
+            at = parent;
+        }
+        false
+    }
+
+    fn content<R: Read>(
+        &self,
+        data: DataOffset,
+        size: u64,
+        archive: &mut tar::Reader<R>,
+    ) -> io::Result<Option<String>> {
+        // The builder of the index has checked that all content ends far below 2^64.
+        let extents = self.index.extents_in(&(data..DataOffset(data.0 + size)));
+        let mut buffer = vec![0; 64 << 10];
+        for extent in &self.index.extents()[extents] {
+            let mut hasher = extent.digest.as_ref().map_or_else(Hasher::sha256, |digest| digest.hasher());
+            let mut content = archive.content().take(extent.length);
+            loop {
+                let read = content.read(&mut buffer)?;
+                if read == 0 {
+                    break;
+                }
+                hasher.update(&buffer[..read]);
+            }
+            if extent.digest.is_some_and(|expected| hasher.finish() != expected) {
+                let at = extent.file_offset;
+                return Ok(Some(format!("its content at {at} is not in the tar what the index says")));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn differs(entry: &tar::Entry, node: &Node) -> Option<String> {
+    let said = |what: &str, tar: &dyn std::fmt::Display, index: &dyn std::fmt::Display| {
+        Some(format!("its {what} is {tar} in the tar and {index} in the index"))
+    };
+    let kind = match (&node.kind, entry.kind) {
+        (NodeKind::Directory { .. }, EntryKind::Directory) | (NodeKind::Fifo, EntryKind::Fifo) => None,
+        (NodeKind::Regular(content), EntryKind::Regular) if content.size != entry.size => {
+            return said("size", &entry.size, &content.size);
+        }
+        (NodeKind::Regular(content), EntryKind::Regular) => {
+            if content.size > 0 && entry.content_offset.is_none() {
+                return Some("it is a sparse file in the tar".to_owned());
+            }
+            None
+        }
+        (NodeKind::Symlink { target }, EntryKind::Symlink) => {
+            if **target != *entry.link {
+                return said("target", &entry.link.escape_ascii(), &target.escape_ascii());
+            }
+            None
+        }
+        (NodeKind::CharDevice { major, minor }, EntryKind::CharDevice)
+        | (NodeKind::BlockDevice { major, minor }, EntryKind::BlockDevice) => {
+            let ((tar_major, tar_minor), differ) = (entry.device, entry.device != (*major, *minor));
+            differ.then(|| format!("its device is {tar_major}:{tar_minor} in the tar and {major}:{minor} in the index"))
+        }
+        (_, kind) => Some(format!("it is of another kind in the tar ({kind:?})")),
+    };
+    if kind.is_some() {
+        return kind;
+    }
+    let octal = |mode: u16| format!("{mode:04o}");
+    if entry.permissions != node.permissions {
+        return said("mode", &octal(entry.permissions), &octal(node.permissions));
+    }
+    if (entry.uid, entry.gid) != (node.uid, node.gid) {
+        return said("owner", &format!("{}:{}", entry.uid, entry.gid), &format!("{}:{}", node.uid, node.gid));
+    }
+    if !is_same_time(entry.mtime, node.mtime) {
+        return said("time", &entry.mtime.seconds, &node.mtime.seconds);
+    }
+    (entry.xattrs != node.xattrs).then(|| "its extended attributes differ".to_owned())
+}

@@ -28,6 +28,7 @@ mod signals;
 mod stage;
 mod table;
 mod verify;
+mod warm;
 
 use std::{
     io::{IsTerminal as _, Write as _},
@@ -98,6 +99,8 @@ enum Verb {
     Umount(mount::UmountArguments),
     /// Run a container over a lazily mounted image
     Run(run::RunArguments),
+    /// Fetch all of an image ahead of time, so that it is mounted without its registry
+    Warm(warm::WarmArguments),
     /// Show, check and clean what was kept of images
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -168,6 +171,7 @@ fn main() -> ExitCode {
         Verb::Umount(arguments) => arguments.run(&global),
         Verb::MountSweep { register } => engine::sweep(&register),
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
+        Verb::Warm(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Cache(command) => command.run(&global),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),

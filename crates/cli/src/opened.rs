@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum as _};
 use loris_format::tree::Tree;
 use loris_lazy::{
     Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
-    open_image,
+    documents::Remembering, open_image,
 };
 use loris_oci::{Document, ImageSource, platform};
 
@@ -59,8 +59,8 @@ pub(crate) struct FetchAhead {
     #[arg(long, value_enum, default_value_t = Complete::Always, value_name = "WHEN")]
     complete: Complete,
     /// Most bytes a second for that, as `10M`
-    #[arg(long, value_name = "BYTES", value_parser = crate::table::parse_bytes)]
-    complete_rate: Option<NonZeroU64>,
+    #[arg(long, value_name = "BYTES", value_parser = amounts::size)]
+    complete_rate: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -94,7 +94,7 @@ impl FetchAhead {
             }
             let how = Completion {
                 only_idle: wish.complete == Complete::Idle,
-                bytes_per_second: wish.complete_rate,
+                bytes_per_second: wish.complete_rate.and_then(NonZeroU64::new),
                 patience: PATIENCE,
             };
             if let Err(error) = loris_lazy::complete_all(&layers, &how).await {
@@ -124,6 +124,11 @@ fn default_store() -> PathBuf {
     cache.unwrap_or_else(|| std::env::home_dir().unwrap_or_else(|| "/tmp".into()).join(".cache")).join("loris")
 }
 
+/// Keeps what a registry says, for when it can't be reached.
+fn remembered(source: Arc<dyn ImageSource>, store: &Store) -> Arc<dyn ImageSource> {
+    if source.repository().is_none() { source } else { Arc::new(Remembering::new(source, store)) }
+}
+
 /// One image of a source whose layers were all looked at.
 pub(crate) struct Looked {
     /// Where it is.
@@ -143,7 +148,7 @@ impl Looked {
         store: &Store,
         policy: FetchPolicy,
     ) -> anyhow::Result<Self> {
-        let source = global.access.source(name).await?;
+        let source = remembered(global.access.source(name).await?, store);
         let options = open.options(policy);
         let (document, manifest) = platform::resolve_manifest(&*source, platform.wanted(), &options.limits)
             .await

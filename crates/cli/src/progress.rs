@@ -41,6 +41,17 @@ impl Bars {
         Self { style, running: Mutex::default() }
     }
 
+    /// Returns a bar for all of an image; on a terminal only.
+    pub(crate) fn whole(&self, total: u64) -> ProgressBar {
+        let Style::Bars(bars) = &self.style else { return ProgressBar::hidden() };
+        let bar = bars.add(ProgressBar::new(total));
+        let template = "[{bar:40}] {bytes:>10}/{total_bytes:10} {binary_bytes_per_sec}";
+        if let Ok(style) = ProgressStyle::with_template(template) {
+            bar.set_style(style.progress_chars("=> "));
+        }
+        bar
+    }
+
     /// Shows that work on a blob begins.
     fn begin(&self, digest: &Digest, what: &str, total: u64) {
         match &self.style {

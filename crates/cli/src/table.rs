@@ -1,6 +1,6 @@
 //! Tables and numbers for people.
 
-use std::{fmt::Write as _, num::NonZeroU64};
+use std::fmt::Write as _;
 
 /// Lays out rows in columns, the first row as the head. Columns whose head begins with `>` are aligned to the right.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
@@ -48,29 +48,6 @@ pub(crate) fn bytes(count: u64) -> String {
     }
 }
 
-/// Reads a number of bytes as a person writes it, and as Docker takes it: `512k`, `10M`, `1.5GiB`; not zero. Units are
-/// powers of 1024.
-pub(crate) fn parse_bytes(text: &str) -> Result<NonZeroU64, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = text[digits.len()..].to_ascii_lowercase();
-    let shift = match unit.trim_end_matches('b').trim_end_matches('i') {
-        "" => 0,
-        "k" => 10,
-        "m" => 20,
-        "g" => 30,
-        "t" => 40,
-        _ => return Err(format!("{:?} is no unit of bytes; write k, M, G or T", &text[digits.len()..])),
-    };
-    let value: f64 = digits.trim().parse().map_err(|_| format!("{text:?} is no number of bytes, as 512k or 10M"))?;
-    let bytes = (value * (1u64 << shift) as f64).round();
-    // What is not a number fails the comparison too.
-    if !(1.0..1e18).contains(&bytes) {
-        return Err(format!("{text:?} is not between one byte and 2^59"));
-    }
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "within the range just checked")]
-    NonZeroU64::new(bytes as u64).ok_or_else(|| format!("{text:?} is no byte"))
-}
-
 /// Shortens `sha256:0123456789ab...` to twelve digits, as image lists do.
 pub(crate) fn short_digest(digest: &str) -> String {
     digest.split_once(':').map_or(digest, |(_, hex)| hex).chars().take(12).collect()
@@ -111,17 +88,6 @@ mod tests {
             table(&[row("name", ">size"), row("a", "5"), row("long", "12")]),
             "name  size\na        5\nlong    12\n"
         );
-    }
-
-    #[test]
-    fn numbers_of_bytes_are_read() {
-        for (text, bytes) in [("1", 1), ("512k", 512 << 10), ("10M", 10 << 20), ("1.5GiB", 3 << 29), ("2 tb", 2 << 40)]
-        {
-            assert_eq!(parse_bytes(text).map(NonZeroU64::get), Ok(bytes), "{text}");
-        }
-        for text in ["", "0", "-1", "k", "1x", "nan", "inf", "1e30", "1kk", "0.1"] {
-            assert!(parse_bytes(text).is_err(), "{text}");
-        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `origin` | names of the images that it was opened for, one a line, the last one first; at most [`ORIGINS`] |
 //! | `pinned` | nothing: that it is there is what counts |
+//! | `verdict` | what a proof of the whole layer came to, where one was made; see [`crate::proof`] |
 //!
 //! A layer is counted as in use while some process has its `lock` locked. A mount that needs no process any more, since
 //! all of its layers are complete, has none: its files go from the directory and stay on the disk until it is unmounted.
@@ -223,7 +224,7 @@ fn look(root: &Path, directory: &Path) -> Option<StoredLayer> {
         last_used,
         in_use,
         pinned: is_pinned(directory),
-        verdict: verdict(directory),
+        verdict: Verdict::load(directory).as_ref().map(Verdict::to_string),
     })
 }
 
@@ -247,14 +248,6 @@ fn allocated_in(directory: &Path) -> u64 {
 fn read_origins(directory: &Path) -> Vec<String> {
     let text = read_text(&directory.join("origin"));
     text.lines().filter(|line| !line.is_empty()).take(ORIGINS).map(str::to_owned).collect()
-}
-
-fn verdict(directory: &Path) -> Option<String> {
-    match Verdict::load(directory)? {
-        Verdict::Sound(_) => Some("sound".to_owned()),
-        Verdict::Condemned(reason) => Some(format!("condemned: {reason}")),
-        Verdict::Unproven(reason) => Some(format!("unproven: {reason}")),
-    }
 }
 
 /// Reads a small file of ours; nothing where it can't be read.

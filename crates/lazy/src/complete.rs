@@ -146,7 +146,13 @@ impl Sweep {
                 let turn = loop {
                     tokio::select! {
                         biased;
-                        Some(landed) = under_way.next() => first = Result::and(first, landed),
+                        Some(landed) = under_way.next() => {
+                            first = Result::and(first, landed);
+                            if first.as_ref().is_err_and(EnsureError::is_no_space) {
+                                // Where there is no room for one window, there is none for the next.
+                                return first;
+                            }
+                        }
                         turn = &mut turn => break turn,
                     }
                 };

@@ -20,7 +20,7 @@ use loris_format::{
 };
 
 use crate::{
-    cache::{LayerCache, NO_FOLLOW, open_private},
+    cache::{LayerCache, NO_FOLLOW},
     digests::{Place, layer_key},
     disk,
     error::EnsureError,
@@ -29,9 +29,6 @@ use crate::{
     quota::Room,
     store::Store,
 };
-
-/// An empty file in the directory of a layer that has content which did not come from its blob.
-pub(crate) const COPIED: &str = "copied";
 
 /// What the layer's small files may grow by meanwhile, in bytes.
 const SMALL_FILES: u64 = 4 * DATA_ALIGNMENT;
@@ -74,8 +71,6 @@ impl LazyLayer {
             for place in places.iter().filter(elsewhere) {
                 let Some(source) = sources.get(place) else { continue };
                 if right.is_empty() {
-                    let mark = directory.join(COPIED);
-                    open_private(&mark).map_err(|error| self.file_error(error))?;
                     // Before the first write, which would hide that somebody has cut the file.
                     self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
                 }

@@ -98,6 +98,7 @@ impl Flights {
                 drop(room);
             });
         }
+        layer.prove_when_whole();
     }
 
     fn frames(&self) -> Vec<FrameId> {
@@ -128,7 +129,7 @@ impl Flights {
         requests.into_iter().map(part).collect()
     }
 
-    /// Fetches all frames, which lie in `range`.
+    /// Fetches all frames, which lie in `range`, when their turn has come.
     async fn bring(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let layer = Arc::clone(&self.layer);
         let mut turn = match turn {

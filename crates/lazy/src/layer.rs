@@ -174,14 +174,14 @@ impl LazyLayer {
     /// Says whether every extent is there.
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.cache.filled().count() == self.index.extents().len()
+        self.cache.is_complete()
     }
 
     /// Says whether everything is there and nothing was found wrong with it: neither the source nor we are needed any
     /// more.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.cache.is_complete() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
+        self.is_whole() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
     }
 
     /// Returns what was found out about the layer once it was whole; `None` before.

@@ -7,6 +7,7 @@
 //!
 //! - [`store`]: the directory on disk that keeps data files, bitmaps and tables of contents over restarts.
 //! - [`derived`]: what is made out of layers and kept beside them.
+//! - [`documents`]: manifests and configurations, for when the registry is away.
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
@@ -51,6 +52,7 @@ mod recheck;
 pub mod census;
 pub mod complete;
 pub mod derived;
+pub mod documents;
 pub mod error;
 pub mod layer;
 pub mod open;

@@ -33,7 +33,6 @@ use tokio::runtime::Handle;
 use crate::{
     agreement,
     cache::Tail,
-    content::COPIED,
     error::{EnsureError, StoreError, path_of},
     layer::LazyLayer,
     rest::Rest,
@@ -41,6 +40,8 @@ use crate::{
 
 /// What is read of the blob at once, where something is missing.
 const PIECE_BYTES: u64 = 1 << 20;
+/// What a proof may fetch, or a sixteenth of the blob.
+const MOST_ABSENT_BYTES: u64 = 1 << 20;
 /// Most bytes of a verdict: a reason is a few lines.
 const MOST_VERDICT_BYTES: u64 = 16 << 10;
 const VERSION: &str = "loris verdict 1";
@@ -50,10 +51,21 @@ const VERSION: &str = "loris verdict 1";
 pub enum Verdict {
     /// Its tar has this DiffID, and agrees with the index.
     Sound(DiffId),
-    /// It could not be put together: what was missing can't be had. Every extent has its digest all the same.
+    /// It could not be put together: what is missing can't be had, or costs too much. Every extent has its digest all the
+    /// same.
     Unproven(String),
     /// It is not what it claims to be.
     Condemned(String),
+}
+
+impl std::fmt::Display for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Sound(diff_id) => write!(f, "sound {}", diff_id.0),
+            Self::Unproven(reason) => write!(f, "unproven: {reason}"),
+            Self::Condemned(reason) => write!(f, "condemned {reason}"),
+        }
+    }
 }
 
 impl Verdict {
@@ -74,15 +86,13 @@ impl Verdict {
 
     /// Saves it in one step; nothing where nothing was found out.
     fn save(&self, directory: &Path) -> Result<(), StoreError> {
-        let line = match self {
-            Self::Sound(diff_id) => format!("sound {}", diff_id.0),
-            Self::Condemned(reason) => format!("condemned {reason}"),
-            Self::Unproven(_) => return Ok(()),
-        };
+        if let Self::Unproven(_) = self {
+            return Ok(());
+        }
         let path = directory.join("verdict");
         let write = || {
             let mut file = tempfile::Builder::new().prefix(".verdict-").tempfile_in(directory)?;
-            write!(file, "{VERSION}\n{line}\n")?;
+            write!(file, "{VERSION}\n{self}\n")?;
             // Else a power failure might leave a name without content, and with it what was condemned be trusted again.
             file.as_file().sync_data()?;
             file.persist(&path).map_err(|error| error.error)
@@ -96,12 +106,13 @@ impl Verdict {
 /// # Errors
 /// Where the disk or the source fails, or the data file was damaged: what was is forgotten then, to be fetched again.
 pub(crate) fn prove(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Verdict, EnsureError> {
-    if layer.directory().join(COPIED).exists() {
-        // What stands between the extents did not come by, and to fetch it would be to fetch the layer.
-        return Ok(Verdict::Unproven("content came from other layers".to_owned()));
-    }
     let failure = Arc::default();
     let stream = TarStream::new(layer, runtime, &failure).map_err(|error| layer.file_error(error))?;
+    let absent = stream.absent_bytes();
+    if absent > MOST_ABSENT_BYTES.max(layer.descriptor().size / 16) {
+        // As where content was found in other layers of the store: what stands around it was never seen.
+        return Ok(Verdict::Unproven(format!("{absent} bytes of the blob would have to be fetched for it")));
+    }
     let mut hashed = Hashed { inner: stream, hasher: Hasher::sha256() };
     let found = agreement::compare(&mut hashed, layer.index(), &layer.limits).and_then(|differences| {
         io::copy(&mut hashed, &mut io::sink())?;
@@ -228,6 +239,18 @@ impl<'a> TarStream<'a> {
             segments,
             current: Current::Bytes(Bytes::new()),
         })
+    }
+
+    /// Returns how many bytes of the blob would have to be fetched.
+    fn absent_bytes(&self) -> u64 {
+        let frames = self.layer.index().frames();
+        let absent = |segment: &Segment| match *segment {
+            Segment::Frame(frame) if self.rest.has(frame) => 0,
+            Segment::Frame(frame) => frames[frame.0 as usize].range.length,
+            Segment::Blob(range) if self.tail.get(range).is_some() => 0,
+            Segment::Blob(range) => range.length,
+        };
+        self.segments.iter().map(absent).fold(0, u64::saturating_add)
     }
 
     fn open(&mut self, segment: Segment) -> io::Result<Current> {

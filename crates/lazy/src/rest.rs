@@ -147,6 +147,11 @@ impl Rest {
         Ok(Self { file: Some(file), places })
     }
 
+    /// Says whether a frame has a record.
+    pub(crate) fn has(&self, frame: FrameId) -> bool {
+        self.places.contains_key(&frame)
+    }
+
     /// Returns the decoded frame, whose extents are taken from `data`. `None` where there is no sound record of it.
     pub(crate) fn frame(
         &self,

@@ -251,10 +251,10 @@ impl Link {
         let (journal, number) = (kept.journal.memory(), u64::from(generation));
         match kept.asks {
             Asks::Events { group, inotify } => {
-                Message { kind: Kind::State, number }.send(&self.socket, &[group, journal, inotify, kept.register])?
+                Message { kind: Kind::State, number }.send(&self.socket, &[group, journal, inotify, kept.register])?;
             }
             Asks::Requests { connection } => {
-                Message { kind: Kind::Devices, number }.send(&self.socket, &[connection, journal, kept.register])?
+                Message { kind: Kind::Devices, number }.send(&self.socket, &[connection, journal, kept.register])?;
             }
         }
         for (key, [data, lock]) in files {

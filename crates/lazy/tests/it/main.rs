@@ -3,6 +3,7 @@
 
 mod blob;
 mod content;
+mod documents;
 mod keeping;
 mod open;
 mod proof;

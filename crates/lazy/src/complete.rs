@@ -134,6 +134,10 @@ impl Sweep {
         for (layer, count) in &self.parts {
             layer.refresh()?;
             for window in self.windows(layer, *count) {
+                if first.as_ref().is_err_and(EnsureError::is_no_space) {
+                    // Where there is no room for one, there is none for the next.
+                    break;
+                }
                 pace.keep_to(self.options.bytes_per_second).await;
                 let claim = layer.claim(&window, self.urgency);
                 let quiet_until = if self.options.only_idle { None } else { pace.quiet_until(layer, self) };

@@ -30,6 +30,8 @@ use crate::{
     store::Store,
 };
 
+/// What the layer's small files may grow by meanwhile, in bytes.
+const SMALL_FILES: u64 = 4 * DATA_ALIGNMENT;
 /// Bytes in memory while content is copied.
 const BUFFER_BYTES: usize = 512 << 10;
 /// Layers whose files are open while frames are filled.
@@ -48,7 +50,7 @@ impl LazyLayer {
         };
         let all: Vec<usize> = frames.iter().flat_map(|&frame| missing(frame)).collect();
         let store = self.cache.store();
-        let needed = all.iter().map(|&number| blocks(self.extent(number))).fold(0, u64::saturating_add);
+        let needed = all.iter().map(|&number| blocks(self.extent(number))).fold(SMALL_FILES, u64::saturating_add);
         let room = store.room(needed).map_err(|error| EnsureError::no_room(self.digest, error))?;
 
         let wanted: Vec<(usize, Digest)> =

@@ -74,8 +74,9 @@ impl Flights {
         Self { layer, tickets }
     }
 
-    /// Brings all frames, which lie in `range`: out of other layers of the store, and from the source what is in none.
-    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, mut turn: Option<Turn>) {
+    /// Brings all frames, which lie in `range`: out of other layers of the store, and, when their turn has come, from the
+    /// source what is in none.
+    pub(crate) async fn run(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let (layer, frames) = (Arc::clone(&self.layer), self.frames());
         let filling = tokio::task::spawn_blocking(move || layer.fill_from_store(&frames));
         let room = match filling.await {
@@ -84,10 +85,14 @@ impl Flights {
             // The waiters are told by `drop`.
             Err(_) => return,
         };
-        let layer = Arc::clone(&self.layer);
-        for (range, flights) in self.without_whole(range) {
+        let (layer, mut turn) = (Arc::clone(&self.layer), turn);
+        let requests = self.without_whole(range);
+        if requests.is_empty() {
+            layer.prove_when_whole();
+        }
+        for (range, flights) in requests {
+            let claim = Claim { bytes: flights.layer.claim(&flights.frames(), claim.urgency).bytes, ..claim };
             let (room, turn) = (Arc::clone(&room), turn.take());
-            let claim = layer.claim(&flights.frames(), claim.urgency);
             tokio::spawn(async move {
                 flights.bring(range, claim, turn).await;
                 drop(room);
@@ -115,7 +120,7 @@ impl Flights {
         if self.tickets.len() == all {
             return vec![(range, self)];
         }
-        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy };
+        let policy = FetchPolicy { read_ahead_bytes: 0, ..self.layer.policy.adapted(self.layer.source.link()) };
         let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
         let part = |request: Request| {
             let tickets = self.tickets.drain(..request.frames.len()).collect();

@@ -9,6 +9,7 @@ use crate::{
     OpenOptions, STRICT,
     blob::{self, Shape, TestBlob, files, noise},
     source::TestSource,
+    until,
 };
 
 /// Several blobs in one source, and a store.
@@ -70,6 +71,13 @@ impl Several {
     }
 }
 
+/// Fills all of a layer, and waits until nobody else is at it.
+pub(crate) async fn fill(layer: &Arc<LazyLayer>) {
+    complete(layer).await.unwrap();
+    layer.completed().await;
+    until("the proof", || Arc::strong_count(layer) == 1).await;
+}
+
 /// The same files as in `files`, of which every fifth is another one.
 fn four_fifths(files: &[(String, Vec<u8>)]) -> Vec<(String, Vec<u8>)> {
     let mut other: Vec<_> = files.to_vec();
@@ -92,10 +100,10 @@ async fn of_an_image_of_which_four_fifths_are_here_the_rest_is_fetched() {
     let case = Several::new([(all[..25].to_vec(), shared), (all[25..].to_vec(), single), (other, single)]);
     for number in 0..2 {
         let layer = case.open(number).await;
-        complete(&layer).await.unwrap();
+        fill(&layer).await;
     }
     let layer = case.open(2).await;
-    complete(&layer).await.unwrap();
+    fill(&layer).await;
     let (fetched, size) = (case.fetched(), case.blobs[2].bytes.len() as u64);
     assert!(fetched * 100 <= size * 22, "{fetched} of {size}");
     let statistics = layer.statistics();
@@ -167,7 +175,7 @@ async fn what_was_flipped_on_the_disk_does_not_spread() {
         other.push(("more".to_owned(), b"more".to_vec()));
         let case = Several::new([(files(1, 9000), shape), (other, shape)]);
         let one = case.open(0).await;
-        complete(&one).await.unwrap();
+        fill(&one).await;
         let directory = one.directory().to_owned();
         drop(one);
         damage(&directory);
@@ -200,7 +208,7 @@ async fn other_processes_layers_are_found() {
     let two = case.open(1).await;
     let store = Store::open(case.directory.path()).unwrap();
     let one = open_layer(case.source.clone(), &case.blobs[0].descriptor, &store, &case.options).await.unwrap();
-    complete(&one).await.unwrap();
+    fill(&one).await;
     tokio::task::spawn_blocking(move || store.settle()).await.unwrap();
     case.source.fail();
     for file in 0..3 {

@@ -7,11 +7,11 @@ use std::{
 };
 
 use loris_format::limits::Limits;
-use loris_lazy::{PruneOptions, Store, StoreError, StoreOptions, complete, open::open_layer};
+use loris_lazy::{PruneOptions, Store, StoreError, StoreOptions, open::open_layer};
 
 use crate::{
     blob::{Shape, files},
-    content::Several,
+    content::{Several, fill},
     until,
 };
 
@@ -26,7 +26,7 @@ fn flip(layer: &std::path::Path, at: u64) {
 async fn a_flipped_byte_is_found_and_fetched_again() {
     let case = Several::new([(files(3, 10_000), Shape::default())]);
     let layer = case.open(0).await;
-    complete(&layer).await.unwrap();
+    fill(&layer).await;
     let place = layer.index().extents()[4].clone();
     let directory = layer.directory().to_owned();
     drop(layer);
@@ -50,9 +50,9 @@ async fn a_flipped_byte_is_found_and_fetched_again() {
     assert_eq!(stored.last_used, old, "to look is not to use");
 
     let layer = case.open(0).await;
-    assert!(!layer.is_complete());
+    assert!(!layer.is_whole());
     case.read(&layer, 0, 1).await.unwrap();
-    assert!(layer.is_complete());
+    assert!(layer.is_whole());
     case.check_filled(&layer);
 }
 
@@ -61,7 +61,7 @@ async fn a_flipped_byte_is_found_and_fetched_again() {
 async fn a_flipped_byte_under_a_reader_is_fetched_again() {
     let case = Several::new([(files(3, 10_000), Shape::default())]);
     let layer = case.open(0).await;
-    complete(&layer).await.unwrap();
+    fill(&layer).await;
     flip(layer.directory(), layer.index().extents()[0].data.0);
     let other = Store::open(case.directory.path()).unwrap();
     let stored = other.census().unwrap().remove(0);
@@ -69,9 +69,9 @@ async fn a_flipped_byte_under_a_reader_is_fetched_again() {
     assert_eq!(other.verify(&stored, &Limits::default()).unwrap().faults.len(), 1);
     let all = layer.index().extents()[0].data..layer.index().extents()[1].data;
     until("the other's finding", || !layer.is_filled(&all)).await;
-    assert!(!layer.is_complete());
+    assert!(!layer.is_whole());
     case.read(&layer, 0, 0).await.unwrap();
-    assert!(layer.is_complete());
+    assert!(layer.is_whole());
     case.check_filled(&layer);
 }
 
@@ -79,7 +79,7 @@ async fn a_flipped_byte_under_a_reader_is_fetched_again() {
 async fn the_paranoid_find_it_when_they_read() {
     let mut case = Several::new([(files(3, 10_000), Shape::default())]);
     let layer = case.open(0).await;
-    complete(&layer).await.unwrap();
+    fill(&layer).await;
     let directory = layer.directory().to_owned();
     let (first, second) = (layer.index().extents()[0].data.0, layer.index().extents()[3].data.0);
     drop(layer);
@@ -118,7 +118,7 @@ async fn pruning_takes_what_it_was_told() {
         let mut directories = Vec::new();
         for image in 0..5 {
             let layer = case.open(image).await;
-            complete(&layer).await.unwrap();
+            fill(&layer).await;
             directories.push(layer.directory().to_owned());
         }
         // The first is in use, the third pinned; the others are older the higher their number.
@@ -151,7 +151,7 @@ async fn pruning_takes_what_it_was_told() {
         assert_eq!(did.freed_bytes > 0, !expected.is_empty(), "{name}");
         // What is gone comes again.
         let layer = case.open(4).await;
-        complete(&layer).await.unwrap();
+        fill(&layer).await;
         case.check_filled(&layer);
     }
 }

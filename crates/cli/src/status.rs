@@ -203,6 +203,11 @@ mod tests {
             "1 condemned, 1 partly here, 1 proven"
         );
         let report = Report { images: vec![image(vec![layer(10, sound), layer(3, None)])], processes: vec![] };
-        insta::assert_snapshot!(report.show(true), @"");
+        insta::assert_snapshot!(report.show(true), @r"
+        image                 layers   here  on disk  state
+        registry.example/a:1       2   65 %  8.0 KiB  1 partly here, 1 proven
+          0123456789ab                100 %  4.0 KiB  sound sha256:00
+          0123456789ab                 30 %  4.0 KiB
+        ");
     }
 }

@@ -1,10 +1,10 @@
 //! Reading ahead of anyone who asks: what the start needs, and then everything.
 //!
-//! Both go through the same flights as everyone else, behind them in the [schedule](crate::schedule). Nothing waits for
+//! Both go through the same flights as everyone else, behind them in the schedule. Nothing waits for
 //! them: spawn them, and let reads overtake.
 //!
 //! Completion measures itself against an imaginary pull that began when it did and has the link for itself. While it is
-//! less than [`LAG`] behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
+//! less than a twelfth behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
 //! beside them at full speed, so that everything is here not much later than a pull would have it.
 
 use std::{num::NonZeroU64, sync::Arc, time::Duration};

@@ -10,7 +10,7 @@
 //! - [`documents`]: manifests and configurations, for when the registry is away.
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
-//! - [`layer`]: [`LazyLayer`]. [`complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`layer`]: [`LazyLayer`]. [`mod@complete`]: prefetch and completion, ahead of anyone who asks.
 //! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
 //! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
 //!   pure, so that the policy can be replaced without touching anything else.

@@ -3,7 +3,7 @@
 //! While a layer is read in pieces, a chain of digests leads from the manifest through the table of contents to each
 //! extent. Two things nobody can know before everything is here: that the whole has the DiffID of the image's
 //! configuration, and that the table of contents says the same as the tar, which everyone else unpacks. So when the last
-//! extent is filled, the tar is put together again, out of the data file and the [rest](crate::rest), hashed, and
+//! extent is filled, the tar is put together again, out of the data file and the `rest`, hashed, and
 //! compared with the index. What comes out is kept in the file `verdict` in the layer's directory:
 //!
 //! ```text

@@ -4,7 +4,7 @@
 //! them: spawn them, and let reads overtake.
 //!
 //! Completion measures itself against an imaginary pull that began when it did and has the link for itself. While it is
-//! less than a twelfth behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
+//! less than an eighth behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
 //! beside them at full speed, so that everything is here not much later than a pull would have it.
 
 use std::{num::NonZeroU64, sync::Arc, time::Duration};
@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// How far completion may fall behind an imaginary pull, as a part of all that was missing: 1 / `LAG`.
-const LAG: u64 = 12;
+const LAG: u64 = 8;
 /// How long it keeps away from readers where nothing is known of the link.
 const UNKNOWN_LAG: Duration = Duration::from_secs(2);
 /// Between attempts at what failed for a reason that passes.

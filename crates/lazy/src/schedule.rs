@@ -119,20 +119,26 @@ impl State {
         if !requests || !fits {
             return Verdict::Later;
         }
-        if claim.urgency == Urgency::Completion && claim.quiet_until.is_none_or(|until| now < until) {
-            let quiet = QUIET.max(self.round_trip * QUIET_ROUND_TRIPS);
-            let until = claim.quiet_until;
-            let end = match (self.running[0], self.demanded) {
-                (0, None) => return Verdict::Now,
-                (0, Some(demanded)) => demanded + quiet,
-                // Asked again when it ends, which is a change.
-                _ => now + quiet,
-            };
-            if end > now {
-                return Verdict::At(until.map_or(end, |until| until.min(end)));
+        if claim.urgency == Urgency::Completion
+            && let Some(quiet) = self.quiet_from(now)
+        {
+            if claim.quiet_until.is_none_or(|until| now < until) {
+                return Verdict::At(claim.quiet_until.map_or(quiet, |until| until.min(quiet)));
+            }
+            // Beside those who read on demand, one at a time: they keep half of the link at least.
+            if self.running[Urgency::Completion as usize] > 0 {
+                return Verdict::Later;
             }
         }
         Verdict::Now
+    }
+
+    /// Returns when nobody will have read on demand for long enough; `None` where that is so now.
+    fn quiet_from(&self, now: Instant) -> Option<Instant> {
+        let quiet = QUIET.max(self.round_trip * QUIET_ROUND_TRIPS);
+        // Asked again when a read ends, which is a change.
+        let last = if self.running[Urgency::Demand as usize] > 0 { Some(now) } else { self.demanded };
+        last.map(|last| last + quiet).filter(|&end| end > now)
     }
 
     fn first_of(&self, urgency: Urgency) -> Option<(Urgency, u64)> {
@@ -355,8 +361,10 @@ mod tests {
         let _demand = schedule.turn(claim(Urgency::Demand, 1)).await;
         let until = Some(Instant::now() + Duration::from_millis(1700));
         let began = Instant::now();
-        schedule.turn(Claim { quiet_until: until, ..claim(Urgency::Completion, 1) }).await;
+        let _one = schedule.turn(Claim { quiet_until: until, ..claim(Urgency::Completion, 1) }).await;
         assert_eq!(began.elapsed().as_millis(), 1700);
+        // And then goes on beside them, but takes no more than half of the link.
+        assert!(schedule.turn(Claim { quiet_until: until, ..claim(Urgency::Completion, 1) }).now_or_never().is_none());
     }
 
     #[tokio::test]

@@ -1,8 +1,9 @@
 //! Readers that go on where they stopped.
 //!
 //! Whoever reads a large file from its beginning to its end should wait for the link once and not at every step. A few
-//! readers of a layer are remembered by where each would go on; one that does so gets what lies ahead fetched, twice as
-//! much each time. A reader that jumps about is never taken for one: its reads stay small.
+//! readers of a layer are remembered by where each would go on; one that does so gets as much fetched ahead as it has
+//! read in sequence, so that no more is ever fetched in vain than was of use. A reader that jumps about is never taken for
+//! one: its reads stay small. Nor is a program that loads a few small files that stand side by side.
 //!
 //! Pure: positions in, ranges out. Files lie in the data file in the order of the layer, so that whoever reads one file
 //! after another (`tar`, `cp -r`) goes through it in sequence too.
@@ -13,11 +14,9 @@ use loris_format::position::{DataOffset, DataRange};
 const READERS: usize = 8;
 /// How far a reader may leap forward, or look back, and be taken for the same one: the kernel's own read-ahead asks in
 /// pieces that may overtake each other, and between files there is padding.
-const LEAP_BYTES: u64 = 256 << 10;
-/// What is fetched ahead of a reader that went on for the first time.
+const LEAP_BYTES: u64 = 128 << 10;
+/// What must have been read in sequence before anything is fetched ahead.
 const FIRST_BYTES: u64 = 256 << 10;
-/// Reads in sequence before anything is fetched ahead: two files side by side are not yet a direction.
-const PROOF: u32 = 2;
 
 /// The readers of one layer.
 #[derive(Debug, Default)]
@@ -31,9 +30,8 @@ struct Reader {
     next: u64,
     /// The end of what was fetched ahead.
     ahead: u64,
-    window: u64,
-    /// Reads in sequence.
-    reads: u32,
+    /// Bytes that were read in sequence.
+    read: u64,
 }
 
 impl Sequences {
@@ -45,25 +43,24 @@ impl Sequences {
         };
         let Some(place) = self.readers.iter().position(near) else {
             self.readers.truncate(READERS - 1);
-            self.readers.insert(0, Reader { next: end, ahead: end, window: FIRST_BYTES, reads: 0 });
+            self.readers.insert(0, Reader { next: end, ahead: end, read: end.saturating_sub(start) });
             return None;
         };
         let mut reader = self.readers.remove(place);
         if end > reader.next {
+            reader.read = reader.read.saturating_add(end - reader.next.max(start));
             reader.next = end;
-            reader.reads = reader.reads.saturating_add(1);
         }
         reader.ahead = reader.ahead.max(reader.next);
         let mut ahead = None;
         // Before the reader comes to the end of what is there.
-        if reader.reads >= PROOF && reader.ahead - reader.next <= reader.window / 2 {
-            let window = reader.window.min(most);
+        let window = reader.read.min(most);
+        if reader.read >= FIRST_BYTES && reader.ahead - reader.next <= window / 2 {
             let to = reader.next.saturating_add(window);
             if to > reader.ahead {
                 ahead = Some(DataOffset(reader.ahead)..DataOffset(to));
                 reader.ahead = to;
             }
-            reader.window = reader.window.saturating_mul(2).min(most.max(FIRST_BYTES));
         }
         self.readers.insert(0, reader);
         ahead
@@ -93,12 +90,12 @@ mod tests {
     #[test]
     fn a_reader_that_goes_on_gets_more_and_more() {
         let fetched = steps(&mut Sequences::default(), 0, 64 * K, 64, 4096 * K);
-        assert_eq!(fetched[..3], [0, 0, 256 * K]);
+        assert_eq!(fetched[..4], [0, 0, 0, 256 * K]);
         let positive: Vec<u64> = fetched.iter().copied().filter(|&bytes| bytes > 0).collect();
-        assert!(positive.iter().any(|&bytes| bytes >= 1024 * K), "{positive:?}");
+        assert!(positive.iter().any(|&bytes| bytes >= 512 * K), "{positive:?}");
         // The reader never reaches the end of what is fetched ahead again.
         let mut ahead = 0;
-        for (number, bytes) in fetched.iter().enumerate().skip(2) {
+        for (number, bytes) in fetched.iter().enumerate().skip(3) {
             let at = (number as u64 + 1) * 64 * K;
             ahead = if ahead == 0 { at + bytes } else { ahead + bytes };
             assert!(ahead > at, "step {number}");

@@ -17,6 +17,7 @@ mod harness;
 mod image;
 mod layout;
 mod newcomer;
+mod offline;
 mod ours_to_peers;
 mod peers_to_ours;
 mod podman;

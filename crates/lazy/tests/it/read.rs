@@ -95,12 +95,12 @@ async fn a_large_file_is_read_ahead_in_sequence_and_only_then() {
     let mut case = Case::new(vec![("big".to_owned(), noise(1, 4 << 20))], shape());
     case.options.policy = policy;
     let layer = case.open().await;
-    for number in 0..4 {
+    for number in 0..16 {
         case.check_part(&layer, 0, number * chunk, chunk).await.unwrap();
     }
-    until("what lies ahead", || layer.statistics().extents_filled >= 24).await;
+    until("what lies ahead", || layer.statistics().extents_filled >= 32).await;
     let before = layer.statistics().waits;
-    case.check_part(&layer, 0, 4 * chunk, 8 * chunk).await.unwrap();
+    case.check_part(&layer, 0, 16 * chunk, 8 * chunk).await.unwrap();
     assert_eq!(layer.statistics().waits, before);
 }
 

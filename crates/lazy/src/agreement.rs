@@ -4,7 +4,9 @@
 //! at one of them has not seen the other. Here the tar's entries are compared with the nodes of the index: what they are,
 //! their attributes, and that each piece of content has the digest that the index knows it by.
 //!
-//! An entry that a later one replaces does not count; where an entry stands twice, the last one does.
+//! An entry that a later one replaces does not count; where an entry stands twice, the last one does. One difference is
+//! forgiven, because every converter of today makes it: JSON has no text that is not UTF-8, and Go writes U+FFFD for each
+//! byte of a name that is none.
 
 use std::{
     collections::BTreeMap,
@@ -85,14 +87,14 @@ impl Comparison<'_> {
         name: &[u8],
         archive: &mut tar::Reader<R>,
     ) -> io::Result<Option<String>> {
-        let Some(id) = self.index.lookup(name) else {
+        let Some(id) = self.lookup(name) else {
             let hidden = self.is_hidden(name);
             return Ok((!hidden).then(|| "the tar has it, the index has not".to_owned()));
         };
         self.seen[id.0 as usize] = true;
         let node = self.index.node(id);
         if entry.kind == EntryKind::HardLink {
-            let target = path::clean(&entry.link, &Limits::default()).ok().and_then(|link| self.index.lookup(&link));
+            let target = path::clean(&entry.link, &Limits::default()).ok().and_then(|link| self.lookup(&link));
             return Ok((target != Some(id)).then(|| "it is a hard link to another file in the tar".to_owned()));
         }
         if let Some(difference) = differs(entry, node) {
@@ -104,11 +106,15 @@ impl Comparison<'_> {
         }
     }
 
+    fn lookup(&self, name: &[u8]) -> Option<NodeId> {
+        self.index.lookup(name).or_else(|| self.index.lookup(as_json(name)?.as_bytes()))
+    }
+
     /// Says whether a later entry has put a file in the place of a directory above this one.
     fn is_hidden(&self, name: &[u8]) -> bool {
         let mut at = name;
         while let Some((parent, _)) = path::split_last(at).filter(|(parent, _)| !parent.is_empty()) {
-            if let Some(id) = self.index.lookup(parent) {
+            if let Some(id) = self.lookup(parent) {
                 return !matches!(self.index.node(id).kind, NodeKind::Directory { .. });
             }
             at = parent;
@@ -144,6 +150,19 @@ impl Comparison<'_> {
     }
 }
 
+/// Returns what Go's JSON makes of bytes that are not UTF-8.
+fn as_json(bytes: &[u8]) -> Option<String> {
+    if std::str::from_utf8(bytes).is_ok() {
+        return None;
+    }
+    let mut text = String::new();
+    for chunk in bytes.utf8_chunks() {
+        text.push_str(chunk.valid());
+        text.extend(chunk.invalid().iter().map(|_| char::REPLACEMENT_CHARACTER));
+    }
+    Some(text)
+}
+
 fn differs(entry: &tar::Entry, node: &Node) -> Option<String> {
     let said = |what: &str, tar: &dyn std::fmt::Display, index: &dyn std::fmt::Display| {
         Some(format!("its {what} is {tar} in the tar and {index} in the index"))
@@ -160,7 +179,7 @@ fn differs(entry: &tar::Entry, node: &Node) -> Option<String> {
             None
         }
         (NodeKind::Symlink { target }, EntryKind::Symlink) => {
-            if **target != *entry.link {
+            if **target != *entry.link && as_json(&entry.link).is_none_or(|link| **target != *link.as_bytes()) {
                 return said("target", &entry.link.escape_ascii(), &target.escape_ascii());
             }
             None

@@ -60,11 +60,11 @@ fn trip_bytes(link: Link) -> u64 {
 #[must_use]
 pub fn window_bytes(link: Option<Link>) -> u64 {
     /// How long a window is under way.
-    const WINDOW_MILLIS: u128 = 150;
+    const WINDOW_MILLIS: u128 = 100;
     const UNKNOWN: u64 = 1 << 20;
     let Some(link) = link else { return UNKNOWN };
     let bytes = u128::from(link.bytes_per_second) * WINDOW_MILLIS / 1000;
-    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(256 << 10, 4 << 20)
+    u64::try_from(bytes).unwrap_or(u64::MAX).clamp(128 << 10, 4 << 20)
 }
 
 /// Cuts a sorted list of frames into pieces that make a request of about `bytes` each.

@@ -27,6 +27,8 @@ const BACKGROUND_REQUESTS: usize = 4;
 const QUIET_ROUND_TRIPS: u32 = 4;
 /// And for this long where round trips are short or not known.
 const QUIET: Duration = Duration::from_millis(50);
+/// For this long it makes one request at a time: a program computes for a while between its reads.
+const LONG_QUIET: Duration = Duration::from_secs(1);
 
 /// How soon bytes are needed; the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -119,23 +121,24 @@ impl State {
         if !requests || !fits {
             return Verdict::Later;
         }
-        if claim.urgency == Urgency::Completion
-            && let Some(quiet) = self.quiet_from(now)
-        {
-            if claim.quiet_until.is_none_or(|until| now < until) {
+        if claim.urgency == Urgency::Completion {
+            if let Some(quiet) = self.quiet_from(now, QUIET.max(self.round_trip * QUIET_ROUND_TRIPS))
+                && claim.quiet_until.is_none_or(|until| now < until)
+            {
                 return Verdict::At(claim.quiet_until.map_or(quiet, |until| until.min(quiet)));
             }
-            // Beside those who read on demand, one at a time: they keep half of the link at least.
-            if self.running[Urgency::Completion as usize] > 0 {
-                return Verdict::Later;
+            // Beside those who read on demand, or may soon again, one at a time: they keep half of the link at least.
+            if let Some(quiet) = self.quiet_from(now, LONG_QUIET)
+                && self.running[Urgency::Completion as usize] > 0
+            {
+                return Verdict::At(quiet);
             }
         }
         Verdict::Now
     }
 
-    /// Returns when nobody will have read on demand for long enough; `None` where that is so now.
-    fn quiet_from(&self, now: Instant) -> Option<Instant> {
-        let quiet = QUIET.max(self.round_trip * QUIET_ROUND_TRIPS);
+    /// Returns when nobody will have read on demand for as long as `quiet`; `None` where that is so now.
+    fn quiet_from(&self, now: Instant, quiet: Duration) -> Option<Instant> {
         // Asked again when a read ends, which is a change.
         let last = if self.running[Urgency::Demand as usize] > 0 { Some(now) } else { self.demanded };
         last.map(|last| last + quiet).filter(|&end| end > now)

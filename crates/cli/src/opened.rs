@@ -1,10 +1,20 @@
 //! Opening an image lazily, as `fs`, `mount`, `run` and `inspect` do.
 
-use std::{num::NonZeroU64, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io::Read as _,
+    num::NonZeroU64,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum as _};
-use loris_format::tree::Tree;
+use loris_format::{
+    position::{DataOffset, DataRange},
+    tree::{InodeKind, Tree},
+};
 use loris_lazy::{
     Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
     documents::Remembering, open_image,
@@ -61,6 +71,9 @@ pub(crate) struct FetchAhead {
     /// Most bytes a second for that, as `10M`
     #[arg(long, value_name = "BYTES", value_parser = amounts::size)]
     complete_rate: Option<u64>,
+    /// Fetch these files first, in this order: a path a line, as recorded; what the image has not is passed over
+    #[arg(long, value_name = "FILE")]
+    prefetch_list: Option<PathBuf>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -79,13 +92,26 @@ impl FetchAhead {
         let when = self.complete.to_possible_value();
         let mut arguments = vec![format!("--complete={}", when.as_ref().map_or("always", |value| value.get_name()))];
         arguments.extend(self.complete_rate.map(|rate| format!("--complete-rate={rate}")));
+        if let Some(list) = &self.prefetch_list {
+            arguments.push(format!("--prefetch-list={}", list.display()));
+        }
         arguments
     }
 
-    /// Begins to fetch what the writers of the layers marked as worth it, and then the rest. Nobody waits for it.
+    /// Begins to fetch what the list names, what the writers of the layers marked as worth it, and then the rest. Nobody
+    /// waits for it.
     pub(crate) fn begin(&self, layers: &[Arc<LazyLayer>]) {
         let (layers, wish) = (layers.to_vec(), self.clone());
         tokio::spawn(async move {
+            if let Some(list) = &wish.prefetch_list {
+                let listed = match listed(list, &layers) {
+                    Ok(listed) => loris_lazy::prefetch_in_order(&listed).await.map_err(anyhow::Error::from),
+                    Err(error) => Err(error),
+                };
+                if let Err(error) = listed {
+                    tracing::warn!(list = %list.display(), error = %format!("{error:#}"), "prefetching ended early");
+                }
+            }
             if let Err(error) = loris_lazy::prefetch(&layers).await {
                 tracing::debug!(%error, "prefetching ended early");
             }
@@ -102,6 +128,24 @@ impl FetchAhead {
             }
         });
     }
+}
+
+/// Most bytes of a list: some hundred thousand paths.
+const MOST_LIST_BYTES: u64 = 64 << 20;
+
+/// Finds the files of a list in an image.
+fn listed(list: &Path, layers: &[Arc<LazyLayer>]) -> anyhow::Result<Vec<(Arc<LazyLayer>, DataRange)>> {
+    let mut text = Vec::new();
+    File::open(list)?.take(MOST_LIST_BYTES + 1).read_to_end(&mut text)?;
+    anyhow::ensure!(text.len() as u64 <= MOST_LIST_BYTES, "it is longer than {MOST_LIST_BYTES} bytes");
+    let tree = Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>());
+    let file = |path: &[u8]| match tree.inode(tree.resolve(path).ok()?)?.kind {
+        InodeKind::Regular { layer, size, data, .. } if size > 0 => {
+            Some((Arc::clone(layers.get(layer.0 as usize)?), data..DataOffset(data.0 + size)))
+        }
+        _ => None,
+    };
+    Ok(text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).filter_map(file).collect())
 }
 
 impl OpenLazily {

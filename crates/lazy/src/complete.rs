@@ -9,8 +9,11 @@
 
 use std::{num::NonZeroU64, sync::Arc, time::Duration};
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use loris_format::index::{FrameId, Prefetch};
+use futures_util::{StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use loris_format::{
+    index::{FrameId, Prefetch},
+    position::DataRange,
+};
 use tokio::time::Instant;
 
 use crate::{
@@ -18,7 +21,7 @@ use crate::{
     layer::LazyLayer,
     plan::{fetched_range, window_bytes, windows},
     proof::Verdict,
-    schedule::Urgency,
+    schedule::{Claim, Urgency},
 };
 
 /// How far completion may fall behind an imaginary pull, as a part of all that was missing: 1 / `LAG`.
@@ -89,6 +92,82 @@ pub async fn complete_all(layers: &[Arc<LazyLayer>], options: &Completion) -> Re
     Ok(())
 }
 
+/// Fills ranges of layers in the order of the list, a few requests at once: what a workload is known to read first.
+///
+/// # Errors
+/// The first that occurred, after everything else was tried.
+pub async fn prefetch_in_order(wanted: &[(Arc<LazyLayer>, DataRange)]) -> Result<(), EnsureError> {
+    let mut under_way = UnderWay::new();
+    let mut rest = wanted;
+    while let Some((first, _)) = rest.first() {
+        // What is wanted at about the same time is fetched in the order of the blob, with as few requests as will do.
+        let budget = window_bytes(first.link());
+        let mut batch: Vec<(&Arc<LazyLayer>, Vec<FrameId>)> = Vec::new();
+        let mut bytes = 0_u64;
+        while let Some(((layer, range), behind)) = rest.split_first().filter(|_| bytes < budget) {
+            rest = behind;
+            let missing = layer.missing_frames(layer.index().extents_in(range));
+            for frame in &missing {
+                bytes = bytes.saturating_add(fetched_range(&layer.index().frames()[frame.0 as usize]).length);
+            }
+            match batch.iter_mut().find(|(known, _)| Arc::ptr_eq(known, layer)) {
+                Some((_, frames)) => frames.extend(missing),
+                None => batch.push((layer, missing)),
+            }
+        }
+        for (layer, mut frames) in batch {
+            frames.sort_unstable();
+            frames.dedup();
+            for window in windows(layer.index().frames(), &frames, budget.saturating_mul(4)) {
+                let claim = layer.claim(&window, Urgency::Prefetch);
+                under_way.begin(layer, window, claim).await?;
+            }
+        }
+    }
+    under_way.all().await
+}
+
+/// Windows that were asked for.
+struct UnderWay {
+    windows: FuturesUnordered<BoxFuture<'static, Result<(), EnsureError>>>,
+    first: Result<(), EnsureError>,
+}
+
+impl UnderWay {
+    fn new() -> Self {
+        Self { windows: FuturesUnordered::new(), first: Ok(()) }
+    }
+
+    /// Asks for a window when its turn comes. Fails where there is no room for those before: there is none for it either.
+    async fn begin(&mut self, layer: &Arc<LazyLayer>, window: Vec<FrameId>, claim: Claim) -> Result<(), EnsureError> {
+        let mut turn = std::pin::pin!(layer.schedule.turn(claim));
+        // What is under way has to be polled while we wait.
+        let turn = loop {
+            tokio::select! {
+                biased;
+                Some(landed) = self.windows.next() => {
+                    self.first = std::mem::replace(&mut self.first, Ok(())).and(landed);
+                    if self.first.as_ref().is_err_and(EnsureError::is_no_space) {
+                        return self.first.clone();
+                    }
+                }
+                turn = &mut turn => break turn,
+            }
+        };
+        let layer = Arc::clone(layer);
+        self.windows.push(Box::pin(async move { layer.bring(&window, turn).await }));
+        Ok(())
+    }
+
+    /// Waits for all; returns the first error.
+    async fn all(mut self) -> Result<(), EnsureError> {
+        while let Some(landed) = self.windows.next().await {
+            self.first = self.first.and(landed);
+        }
+        self.first
+    }
+}
+
 /// Some layers, each as far as its first so many frames.
 struct Sweep {
     parts: Vec<(Arc<LazyLayer>, usize)>,
@@ -128,42 +207,19 @@ impl Sweep {
 
     /// Tries everything that is missing once, and waits for what others have under way.
     async fn pass(&self) -> Result<(), EnsureError> {
-        let mut first = Ok(());
-        let mut under_way = FuturesUnordered::new();
+        let mut under_way = UnderWay::new();
         let mut pace = Pace::begin(self);
         for (layer, count) in &self.parts {
             layer.refresh()?;
             for window in self.windows(layer, *count) {
-                if first.as_ref().is_err_and(EnsureError::is_no_space) {
-                    // Where there is no room for one, there is none for the next.
-                    break;
-                }
                 pace.keep_to(self.options.bytes_per_second).await;
-                let claim = layer.claim(&window, self.urgency);
                 let quiet_until = if self.options.only_idle { None } else { pace.quiet_until(layer, self) };
-                let mut turn = std::pin::pin!(layer.schedule.turn(crate::schedule::Claim { quiet_until, ..claim }));
-                // What is under way has to be polled while we wait: it gives back the places we wait for.
-                let turn = loop {
-                    tokio::select! {
-                        biased;
-                        Some(landed) = under_way.next() => {
-                            first = Result::and(first, landed);
-                            if first.as_ref().is_err_and(EnsureError::is_no_space) {
-                                // Where there is no room for one window, there is none for the next.
-                                return first;
-                            }
-                        }
-                        turn = &mut turn => break turn,
-                    }
-                };
+                let claim = Claim { quiet_until, ..layer.claim(&window, self.urgency) };
                 pace.asked(layer, &window);
-                let layer = Arc::clone(layer);
-                under_way.push(async move { layer.bring(&window, turn).await });
+                under_way.begin(layer, window, claim).await?;
             }
         }
-        while let Some(landed) = under_way.next().await {
-            first = Result::and(first, landed);
-        }
+        let mut first = under_way.all().await;
         for (layer, count) in &self.parts {
             first = Result::and(first, layer.landed(*count).await);
         }

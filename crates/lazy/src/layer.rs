@@ -532,7 +532,7 @@ impl LazyLayer {
     }
 
     /// Returns the frames that hold what is missing of `extents`, sorted.
-    fn missing_frames(&self, extents: std::ops::Range<usize>) -> Vec<FrameId> {
+    pub(crate) fn missing_frames(&self, extents: std::ops::Range<usize>) -> Vec<FrameId> {
         let missing = extents.filter(|&extent| !self.cache.filled().contains(extent));
         let mut frames: Vec<FrameId> = missing.map(|extent| self.extent(extent).frame).collect();
         frames.sort_unstable();

@@ -64,7 +64,7 @@ mod sequence;
 pub mod store;
 
 pub use census::{StoredLayer, Totals};
-pub use complete::{Completion, complete, complete_all, prefetch};
+pub use complete::{Completion, complete, complete_all, prefetch, prefetch_in_order};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
 pub use eviction::{PruneOptions, Pruned, Removed};
 pub use layer::{LayerStatistics, LazyLayer};

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use loris_format::position::{DataOffset, FileOffset};
-use loris_lazy::{EnsureError, FetchPolicy, OpenOptions, ReadError, complete, prefetch};
+use loris_lazy::{
+    EnsureError, FetchPolicy, OpenOptions, ReadError, Store, StoreOptions, complete, prefetch, prefetch_in_order,
+};
 use proptest::prelude::*;
 
 use crate::{
@@ -102,6 +104,35 @@ async fn a_large_file_is_read_ahead_in_sequence_and_only_then() {
     let before = layer.statistics().waits;
     case.check_part(&layer, 0, 16 * chunk, 8 * chunk).await.unwrap();
     assert_eq!(layer.statistics().waits, before);
+}
+
+#[tokio::test]
+async fn a_list_is_prefetched_in_its_order_with_few_requests() {
+    // Each file makes more than a window, so that the order of the list shows; the last two are small and side by side.
+    let mut contents: Vec<_> = (0..4).map(|number| (format!("big-{number}"), noise(number, 1_200_000))).collect();
+    contents.extend([("a".to_owned(), noise(9, 4000)), ("b".to_owned(), noise(8, 4000)), ("c".to_owned(), vec![])]);
+    let mut case = Case::new(contents, Shape { chunk_bytes: 2 << 20, ..Shape::default() });
+    case.options.policy = FetchPolicy { max_request_bytes: 4 << 20, ..STRICT };
+    // One request at a time: several go side by side.
+    let options = StoreOptions { requests: 1, ..StoreOptions::default() };
+    case.store = Store::open_with(case.directory.path(), &options).unwrap();
+    let layer = case.open().await;
+    let range = |name: &str| {
+        let node = layer.index().lookup(name.as_bytes()).unwrap();
+        let loris_format::index::NodeKind::Regular(content) = &layer.index().node(node).kind else { panic!("{name}") };
+        (Arc::clone(&layer), content.data..DataOffset(content.data.0 + content.size))
+    };
+    let wanted: Vec<_> = ["big-2", "big-0", "b", "a", "big-2"].into_iter().map(range).collect();
+    prefetch_in_order(&wanted).await.unwrap();
+    let members = &case.blob.members;
+    let range = |from: usize, to: usize| members[from].start..members[to].end;
+    // The first member holds the first header alone.
+    assert_eq!(case.source.take_requests(), [range(3, 3), range(1, 1), range(5, 6)]);
+    case.source.fail();
+    for file in [2, 0, 4, 5, 6] {
+        case.check(&layer, file).await.unwrap();
+    }
+    case.check(&layer, 1).await.unwrap_err();
 }
 
 #[tokio::test]

@@ -126,7 +126,8 @@ impl Access {
         open_sink(&parsed, &options).await.with_context(|| format!("writing {name}"))
     }
 
-    fn client(&self) -> Result<Client> {
+    /// Returns what asks registries.
+    pub(crate) fn client(&self) -> Result<Client> {
         let mut config = Config {
             plain_http: self.plain_http,
             tls_verify: self.tls_verify,

@@ -14,6 +14,7 @@ mod bench;
 mod cache;
 mod convert;
 mod copy;
+mod daemon;
 mod demo;
 mod doctor;
 mod engine;
@@ -108,6 +109,9 @@ enum Verb {
     /// Show, check and clean what was kept of images
     #[command(subcommand)]
     Cache(cache::CacheCommand),
+    /// Serve lazy images to others: containerd
+    #[command(subcommand)]
+    Daemon(daemon::DaemonCommand),
     /// Show what this machine allows, which engine mounts would get, and what to change for a better one
     Doctor(doctor::DoctorArguments),
     /// Measure: lazy against full pull, and conversion against the tools of today
@@ -178,6 +182,7 @@ fn main() -> ExitCode {
         Verb::Warm(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Status(arguments) => arguments.run(&global),
         Verb::Cache(command) => command.run(&global),
+        Verb::Daemon(command) => runtime.block_on(command.run(&global)),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Demo(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
@@ -198,6 +203,7 @@ impl Verb {
     fn without_report(&self) -> Option<&'static str> {
         match self {
             Self::Run(_) => Some("run"),
+            Self::Daemon(_) => Some("daemon"),
             Self::Mount(_) => Some("mount"),
             Self::Umount(_) => Some("umount"),
             Self::Fs(fs::FsCommand::Cat(_)) => Some("fs cat"),

@@ -64,6 +64,16 @@ impl StorePlace {
 /// What is fetched before anyone asks for it.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct FetchAhead {
+    #[command(flatten)]
+    completing: Completing,
+    /// Fetch these files first, in this order: a path a line, as recorded; what the image has not is passed over
+    #[arg(long, value_name = "FILE")]
+    prefetch_list: Option<PathBuf>,
+}
+
+/// How the rest of an image is fetched.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Completing {
     /// Fetch the rest of the image in the background, behind what is read: `always` (not much later than a pull would
     /// have it), `idle` (only while nobody waits for a read) or `never`
     #[arg(long, value_enum, default_value_t = Complete::Always, value_name = "WHEN")]
@@ -71,9 +81,17 @@ pub(crate) struct FetchAhead {
     /// Most bytes a second for that, as `10M`
     #[arg(long, value_name = "BYTES", value_parser = amounts::size)]
     complete_rate: Option<u64>,
-    /// Fetch these files first, in this order: a path a line, as recorded; what the image has not is passed over
-    #[arg(long, value_name = "FILE")]
-    prefetch_list: Option<PathBuf>,
+}
+
+impl Completing {
+    /// `None` where it is not fetched.
+    pub(crate) fn completion(self) -> Option<Completion> {
+        (self.complete != Complete::Never).then_some(Completion {
+            only_idle: self.complete == Complete::Idle,
+            bytes_per_second: self.complete_rate.and_then(NonZeroU64::new),
+            patience: PATIENCE,
+        })
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -89,9 +107,9 @@ const PATIENCE: Duration = Duration::from_hours(24);
 impl FetchAhead {
     /// Returns the arguments that say the same to another process.
     pub(crate) fn arguments(&self) -> Vec<String> {
-        let when = self.complete.to_possible_value();
+        let when = self.completing.complete.to_possible_value();
         let mut arguments = vec![format!("--complete={}", when.as_ref().map_or("always", |value| value.get_name()))];
-        arguments.extend(self.complete_rate.map(|rate| format!("--complete-rate={rate}")));
+        arguments.extend(self.completing.complete_rate.map(|rate| format!("--complete-rate={rate}")));
         if let Some(list) = &self.prefetch_list {
             arguments.push(format!("--prefetch-list={}", list.display()));
         }
@@ -115,14 +133,7 @@ impl FetchAhead {
             if let Err(error) = loris_lazy::prefetch(&layers).await {
                 tracing::debug!(%error, "prefetching ended early");
             }
-            if wish.complete == Complete::Never {
-                return;
-            }
-            let how = Completion {
-                only_idle: wish.complete == Complete::Idle,
-                bytes_per_second: wish.complete_rate.and_then(NonZeroU64::new),
-                patience: PATIENCE,
-            };
+            let Some(how) = wish.completing.completion() else { return };
             if let Err(error) = loris_lazy::complete_all(&layers, &how).await {
                 tracing::warn!(%error, "the image is not complete");
             }

@@ -97,6 +97,22 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Removes one layer, given by its directory ([`LazyLayer::directory`]), and what was made out of it. Blocks.
+    ///
+    /// # Errors
+    /// Where the store can't be read or written.
+    ///
+    /// [`LazyLayer::directory`]: crate::LazyLayer::directory
+    pub fn remove(&self, directory: &Path) -> Result<Removed, StoreError> {
+        let removed = remove_layer(directory)?;
+        if let Removed::Freed(_) = removed {
+            remove_leftovers(self.root(), &[directory], false, false)?;
+        }
+        Ok(removed)
+    }
+}
+
 /// Frees at least `excess` bytes where that can be done, and returns how many. Blocks.
 pub(crate) fn make_room(root: &Path, excess: u64) -> Result<u64, StoreError> {
     let used = |directory: &PathBuf| directory.join("lock").symlink_metadata().ok()?.modified().ok();

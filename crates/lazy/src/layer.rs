@@ -222,7 +222,7 @@ impl LazyLayer {
     }
 
     /// Takes in a DiffID that the image claims. An image that claims another than was found is served nothing.
-    pub(crate) fn claim_diff_id(&self, claimed: &DiffId) {
+    pub fn claim_diff_id(&self, claimed: &DiffId) {
         let _ = self.claimed.set(*claimed);
         let verdict = self.verdict();
         if let Some(Verdict::Sound(found)) = verdict {

@@ -187,6 +187,12 @@ impl Store {
         &self.inner.schedule
     }
 
+    /// Returns the directory of a layer whose table of contents the manifest vouches for, whether it is here or not.
+    #[must_use]
+    pub fn layer_directory(&self, blob: &Digest, toc: &Digest) -> PathBuf {
+        self.directory(blob, toc, None)
+    }
+
     /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.
     pub(crate) fn directory(&self, blob: &Digest, toc: &Digest, unverified_from: Option<&str>) -> PathBuf {
         let name = |digest: &Digest| format!("{}-{}", digest.algorithm(), digest.hex());

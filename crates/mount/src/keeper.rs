@@ -194,12 +194,30 @@ impl Keeper {
     /// # Errors
     /// Where the keeper is gone too, or of another version.
     pub fn inherit() -> io::Result<Option<Inherited>> {
+        Self::inherited_socket()?.map(Self::inherit_through).transpose()
+    }
+
+    /// Returns the keeper's socket, where this process was started as the successor of a daemon that was killed. The
+    /// standard input is replaced by nothing.
+    ///
+    /// # Errors
+    /// Where there are too many open files.
+    pub fn inherited_socket() -> io::Result<Option<OwnedFd>> {
         if std::env::var_os(INHERIT).is_none() {
             return Ok(None);
         }
         let keeper = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
         rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-        Inherited::receive(keeper).map(Some)
+        Ok(Some(keeper))
+    }
+
+    /// Takes over from a daemon that was killed, by the socket of its keeper. Must come before files are opened that are
+    /// to be closed again.
+    ///
+    /// # Errors
+    /// Where the keeper is gone too, or of another version.
+    pub fn inherit_through(keeper: OwnedFd) -> io::Result<Inherited> {
+        Inherited::receive(keeper)
     }
 
     fn link(&self) -> MutexGuard<'_, Link> {

@@ -248,6 +248,12 @@ impl Pager {
         Ok(())
     }
 
+    /// Returns the path of its register of mounts, which is locked for as long as this pager or its keeper lives.
+    #[must_use]
+    pub fn register(&self) -> PathBuf {
+        self.inner.register().path().to_owned()
+    }
+
     /// Waits until no mount is up, also none that is out of sight but in use.
     pub async fn idle(&self) {
         self.inner.mounts.all_gone().await;

@@ -36,6 +36,7 @@ use tokio::runtime::Handle;
 use crate::{
     MountError, Special,
     engine::{self, Engine},
+    erofs::Form,
     fuse::FuseOptions,
     mounts::{self, Unmounted},
     overlay::{OverlayMount, OverlayOptions, Upper},
@@ -101,6 +102,8 @@ pub struct RootFsOptions {
     pub store: Store,
     /// What of its special files is special.
     pub special: Special,
+    /// What is shown of the layers.
+    pub form: Form,
     /// How to serve what is served over FUSE.
     pub fuse: FuseOptions,
 }
@@ -117,6 +120,7 @@ impl RootFsOptions {
             pager: Paging::None,
             store: store.clone(),
             special: Special::default(),
+            form: Form::Merged,
             fuse: FuseOptions::default(),
         }
     }
@@ -133,7 +137,7 @@ pub struct RootFs {
 }
 
 impl RootFs {
-    /// Mounts the layers of an image, the lowest first. Missing content is fetched on `runtime`. On return it is live.
+    /// Mounts the layers of an image, the lowest first; or one layer, as a lower directory for overlayfs. Missing content is fetched on `runtime`. On return it is live.
     /// Blocks for some system calls, and for the processor where the tree has to be built; never for the network.
     ///
     /// # Errors
@@ -167,6 +171,7 @@ impl RootFs {
             pager: &options.pager,
             shown_at: &rootfs.path,
             special: options.special,
+            form: options.form,
             fuse: &FuseOptions { special: options.special, ..options.fuse.clone() },
             runtime,
         };

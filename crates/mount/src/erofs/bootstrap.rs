@@ -30,6 +30,20 @@ pub enum Form {
     Layer(OpaqueStyle),
 }
 
+impl Form {
+    /// Returns what is shown of `layers`, the lowest first.
+    ///
+    /// # Panics
+    /// Where it is that of one layer, and there is not exactly one.
+    pub(crate) fn tree(self, layers: &[Arc<LazyLayer>]) -> Tree {
+        match (self, layers) {
+            (Self::Merged, layers) => Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>()),
+            (Self::Layer(style), [layer]) => Tree::of_layer(layer.index(), LayerNumber(0), style),
+            (Self::Layer(_), layers) => panic!("the form of one layer was asked for, and there are {}", layers.len()),
+        }
+    }
+}
+
 /// Returns the path of a bootstrap over the data files of `layers`, the lowest first, which are its devices in this
 /// order. It is written where the store has it not; nothing but its header is looked at where it has. Blocks.
 ///
@@ -44,11 +58,7 @@ pub fn cached_bootstrap(store: &Store, layers: &[Arc<LazyLayer>], form: Form) ->
     if is_whole(&path) {
         return Ok(path);
     }
-    let tree = match (form, layers) {
-        (Form::Merged, layers) => Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>()),
-        (Form::Layer(style), [layer]) => Tree::of_layer(layer.index(), LayerNumber(0), style),
-        (Form::Layer(_), layers) => panic!("a bootstrap of one layer was asked for, and there are {}", layers.len()),
-    };
+    let tree = form.tree(layers);
     let devices: Vec<u64> = layers.iter().map(|layer| layer.index().data_length()).collect();
     let failed =
         |reason: &dyn std::fmt::Display| MountError::Bootstrap { path: path.clone(), reason: reason.to_string() };

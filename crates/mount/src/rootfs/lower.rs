@@ -16,7 +16,6 @@ use std::{
     sync::Arc,
 };
 
-use loris_format::tree::Tree;
 use loris_lazy::{LazyLayer, Store};
 use tokio::runtime::Handle;
 
@@ -46,6 +45,7 @@ pub(super) struct Parts<'a> {
     /// Where users find the tree, or what is mounted over it.
     pub shown_at: &'a Path,
     pub special: Special,
+    pub form: Form,
     pub fuse: &'a FuseOptions,
     pub runtime: &'a Handle,
 }
@@ -93,8 +93,7 @@ impl Lower {
     }
 
     fn fuse(parts: &Parts<'_>, at: &Path) -> Result<Self, MountError> {
-        let indexes: Vec<_> = parts.layers.iter().map(|layer| layer.index()).collect();
-        let tree = Arc::new(Tree::merged(&indexes));
+        let tree = Arc::new(parts.form.tree(parts.layers));
         FuseMount::mount(tree, parts.layers.to_vec(), at, parts.fuse, parts.runtime).map(Self::Fuse)
     }
 
@@ -107,7 +106,7 @@ impl Lower {
                 return Err(MountError::Engine { engine, reason });
             }
         };
-        let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
+        let bootstrap = cached_bootstrap(parts.store, parts.layers, parts.form)?;
         // What was marked, whatever stands in the store under that name by now.
         let device = |layer: &Arc<LazyLayer>| format!("/proc/self/fd/{}", layer.data_file().as_raw_fd()).into();
         // Marked before the kernel opens them, and known to the pager before anybody can reach the mount.
@@ -146,7 +145,7 @@ impl Lower {
     }
 
     fn erofs_fuse(parts: &Parts<'_>, at: &Path, engine: Engine) -> Result<Self, MountError> {
-        let bootstrap = cached_bootstrap(parts.store, parts.layers, Form::Merged)?;
+        let bootstrap = cached_bootstrap(parts.store, parts.layers, parts.form)?;
         let refused = |Refusal { source, detail }| MountError::Refused {
             what: "FUSE under EROFS",
             path: at.to_owned(),

@@ -1,0 +1,264 @@
+//! Images that clients pull: their layers, opened lazily, all at once when the first one is asked for.
+//!
+//! A layer that can't be opened in time, or not at all, is pulled by the client as usual; the reason is returned.
+//!
+//! What this module must not know: snapshots, mounts.
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::{Duration, Instant},
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, Shared},
+};
+use loris_format::{
+    digest::{DiffId, Digest},
+    estargz::toc::TOC_DIGEST_ANNOTATION,
+};
+use loris_lazy::{LayerError, LazyLayer, OpenOptions, Store, documents::Remembering, open::open_layer};
+use loris_oci::{Descriptor, ImageSource, Reference, document::Manifest, platform::resolve_manifest, registry::Client};
+use serde::{Deserialize, Serialize};
+
+use crate::labels::Asked;
+
+/// How long what an image's name led to counts for further layers of it.
+const RESOLVED: Duration = Duration::from_secs(120);
+/// Most images that are kept for that.
+const MOST_RESOLVED: usize = 256;
+
+/// A layer, as it is found again after a restart.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct RemoteLayer {
+    /// The image, as the client named it.
+    pub reference: String,
+    /// What its manifest says of the layer.
+    pub descriptor: Descriptor,
+    /// What its configuration says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub diff_id: Option<DiffId>,
+}
+
+impl RemoteLayer {
+    /// Names the content: two layers with the same key are the same, whatever image they are of.
+    #[must_use]
+    pub fn key(&self) -> String {
+        let toc = self.descriptor.annotations.get(TOC_DIGEST_ANNOTATION).map_or("", String::as_str);
+        format!("{} {toc}", self.descriptor.digest)
+    }
+}
+
+/// How images are opened.
+pub struct Settings {
+    /// Asks registries.
+    pub client: Client,
+    /// Keeps what was fetched.
+    pub store: Store,
+    /// How layers are opened.
+    pub open: OpenOptions,
+    /// How long a client waits for a layer before it pulls it itself.
+    pub patience: Duration,
+}
+
+/// Images that clients pull.
+pub struct Images {
+    settings: Settings,
+    resolved: Mutex<HashMap<ImageKey, Resolved>>,
+    open: Mutex<HashMap<String, Weak<LazyLayer>>>,
+}
+
+type ImageKey = (String, Option<Digest>);
+type Opening = Shared<BoxFuture<'static, Result<Arc<Image>, String>>>;
+type LayerOpening = Shared<BoxFuture<'static, Result<Arc<LazyLayer>, LayerError>>>;
+
+struct Resolved {
+    image: Opening,
+    since: Instant,
+}
+
+/// An image whose manifest is known and whose layers are being opened.
+struct Image {
+    layers: Vec<(Descriptor, LayerOpening)>,
+    diff_ids: Shared<BoxFuture<'static, Vec<DiffId>>>,
+}
+
+impl Images {
+    /// Opens nothing yet.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, resolved: Mutex::default(), open: Mutex::default() }
+    }
+
+    /// Where content is kept.
+    #[must_use]
+    pub fn store(&self) -> &Store {
+        &self.settings.store
+    }
+
+    /// Opens a layer that a client asks for, and all others of its image beside it.
+    ///
+    /// # Errors
+    /// Why the client should pull it itself.
+    pub async fn layer(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), String> {
+        let patience = self.settings.patience;
+        match tokio::time::timeout(patience, self.find(asked)).await {
+            Ok(found) => found,
+            Err(_) => Err(format!("it could not be opened within {} s", patience.as_secs_f32())),
+        }
+    }
+
+    async fn find(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), String> {
+        // The name may lead elsewhere by now.
+        let mut image = self.image(asked, false).await?;
+        let is_meant = |descriptor: &Descriptor| descriptor.digest == asked.layer;
+        if !image.layers.iter().any(|(descriptor, _)| is_meant(descriptor)) {
+            image = self.image(asked, true).await?;
+        }
+        let Some(number) = image.layers.iter().position(|(descriptor, _)| is_meant(descriptor)) else {
+            return Err(format!("the image that {} leads to has no such layer", asked.reference));
+        };
+        let (descriptor, opening) = &image.layers[number];
+        if let Some(toc) = &asked.toc
+            && descriptor.annotations.get(TOC_DIGEST_ANNOTATION) != Some(toc)
+        {
+            return Err(format!("the registry names another table of contents than the client's manifest, {toc}"));
+        }
+        let layer = opening.clone().await.map_err(|error| error.to_string())?;
+        // It was asked for beside the layers.
+        let diff_id = image.diff_ids.clone().await.get(number).copied();
+        Ok((RemoteLayer { reference: asked.reference.clone(), descriptor: descriptor.clone(), diff_id }, layer))
+    }
+
+    /// Opens a layer that was opened before, as after a restart: what is in the store is not asked for again.
+    ///
+    /// # Errors
+    /// See [`LayerError`].
+    pub async fn reopen(&self, remote: &RemoteLayer) -> Result<Arc<LazyLayer>, LayerError> {
+        let layer = remote.descriptor.digest;
+        let not_lazy = |error: loris_oci::Error| LayerError::NotLazy { layer, reason: error.to_string() };
+        let reference: Reference = remote.reference.parse().map_err(not_lazy)?;
+        let source: Arc<dyn ImageSource> = Arc::new(self.settings.client.source(&reference));
+        let layer = self.opened(source, &remote.descriptor).await?;
+        if let Some(diff_id) = remote.diff_id {
+            layer.claim_diff_id(&diff_id);
+        }
+        Ok(layer)
+    }
+
+    /// A layer is not wanted any more: it is not kept open for other layers of its image.
+    pub fn forget(&self, layer: &Digest) {
+        // What has not answered yet is looked at the next time.
+        let has = |resolved: &Resolved| match resolved.image.peek() {
+            Some(Ok(image)) => image.layers.iter().any(|(descriptor, _)| descriptor.digest == *layer),
+            _ => false,
+        };
+        lock(&self.resolved).retain(|_, resolved| !has(resolved));
+    }
+
+    /// Returns where the store keeps a layer that is not open.
+    #[must_use]
+    pub fn directory(&self, remote: &RemoteLayer) -> Option<PathBuf> {
+        let toc = remote.descriptor.annotations.get(TOC_DIGEST_ANNOTATION)?.parse().ok()?;
+        Some(self.settings.store.layer_directory(&remote.descriptor.digest, &toc))
+    }
+
+    async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, String> {
+        let key = (asked.reference.clone(), asked.manifest);
+        let opening = {
+            let mut resolved = lock(&self.resolved);
+            resolved.retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
+            if anew || (resolved.len() >= MOST_RESOLVED && !resolved.contains_key(&key)) {
+                resolved.remove(&key);
+            }
+            if resolved.len() >= MOST_RESOLVED {
+                resolved.clear();
+            }
+            let begin = || Resolved {
+                image: Self::begin(Arc::clone(self), key.clone()).boxed().shared(),
+                since: Instant::now(),
+            };
+            resolved.entry(key.clone()).or_insert_with(begin).image.clone()
+        };
+        let image = opening.await;
+        if image.is_err() {
+            // The next one who asks may have more luck.
+            lock(&self.resolved).remove(&key);
+        }
+        image
+    }
+
+    /// Finds the manifest and begins to open everything.
+    async fn begin(self: Arc<Self>, (name, manifest): ImageKey) -> Result<Arc<Image>, String> {
+        let mut reference: Reference = name.parse().map_err(|error: loris_oci::Error| error.to_string())?;
+        if let Some(manifest) = manifest {
+            reference = reference.with_digest(manifest);
+        }
+        let source = Arc::new(self.settings.client.source(&reference));
+        let source: Arc<dyn ImageSource> = Arc::new(Remembering::new(source, &self.settings.store));
+        let limits = self.settings.open.limits.clone();
+        let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(|error| error.to_string())?;
+        let diff_ids = Self::diff_ids(Arc::clone(&source), manifest.clone(), limits).boxed().shared();
+        tokio::spawn(diff_ids.clone());
+        let mut layers = Vec::new();
+        for (number, descriptor) in manifest.layers.iter().enumerate() {
+            let (images, source, descriptor) = (Arc::clone(&self), Arc::clone(&source), descriptor.clone());
+            let (known, opened) = (descriptor.clone(), diff_ids.clone());
+            let opening = async move { images.opened(source, &known).await }.boxed().shared();
+            let claimed = opening.clone();
+            tokio::spawn(async move {
+                if let (Ok(layer), diff_ids) = tokio::join!(claimed, opened)
+                    && let Some(diff_id) = diff_ids.get(number)
+                {
+                    layer.claim_diff_id(diff_id);
+                }
+            });
+            layers.push((descriptor, opening));
+        }
+        Ok(Arc::new(Image { layers, diff_ids }))
+    }
+
+    async fn diff_ids(
+        source: Arc<dyn ImageSource>,
+        manifest: Manifest,
+        limits: loris_format::limits::Limits,
+    ) -> Vec<DiffId> {
+        let config = async { source.document(&manifest.config).await?.image_config(&limits) };
+        match config.await {
+            Ok(config) if config.diff_ids.len() == manifest.layers.len() => config.diff_ids,
+            Ok(_) => Vec::new(),
+            Err(error) => {
+                tracing::debug!(%error, "layers are not proven against the configuration, which can't be had");
+                Vec::new()
+            }
+        }
+    }
+
+    /// Opens a layer, or returns it where it is open.
+    async fn opened(
+        &self,
+        source: Arc<dyn ImageSource>,
+        descriptor: &Descriptor,
+    ) -> Result<Arc<LazyLayer>, LayerError> {
+        let toc = descriptor.annotations.get(TOC_DIGEST_ANNOTATION);
+        let key = format!("{} {}", descriptor.digest, toc.map_or("", String::as_str));
+        if let Some(layer) = lock(&self.open).get(&key).and_then(Weak::upgrade) {
+            return Ok(layer);
+        }
+        let layer = open_layer(source, descriptor, &self.settings.store, &self.settings.open).await?;
+        let mut open = lock(&self.open);
+        open.retain(|_, layer| layer.strong_count() > 0);
+        // Somebody may have been faster: one layer has one index in memory.
+        if let Some(layer) = open.get(&key).and_then(Weak::upgrade) {
+            return Ok(layer);
+        }
+        open.insert(key, Arc::downgrade(&layer));
+        Ok(layer)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -8,8 +8,8 @@ use loris_lazy::{FetchPolicy, OpenOptions, Trust};
 use loris_mount::keeper::Keeper;
 use loris_snapshotter::{
     Daemon, ahead,
-    daemon::{self, Settings, Started},
-    remote,
+    daemon::{Settings, Started},
+    listener, remote,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -48,6 +48,9 @@ pub(crate) struct SnapshotterArguments {
     /// Do not fetch first what the writers of images marked as needed for a start
     #[arg(long)]
     no_prefetch: bool,
+    /// The number of a descriptor that listens there already, as the keeper of mounts passes it on
+    #[arg(long, hide = true)]
+    listener_fd: Option<i32>,
     #[command(flatten)]
     place: StorePlace,
     #[command(flatten)]
@@ -76,17 +79,8 @@ impl SnapshotterArguments {
             Started::Serving(daemon) => daemon,
             Started::PassedOn => return Ok(Outcome::Done),
         };
-        let serving = async {
-            if daemon.rests() {
-                daemon.rest().await;
-                return anyhow::Ok(());
-            }
-            let listener = daemon::listen(&self.address)?;
-            tracing::info!(address = %self.address.display(), "serving snapshots");
-            daemon.serve(listener).await.context("serving snapshots")
-        };
         tokio::select! {
-            served = serving => served?,
+            served = daemon.serve() => served.context("serving snapshots")?,
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {
                 tokio::task::spawn_blocking(|| daemon.take_down()).await.context("taking mounts down")?;
@@ -108,6 +102,8 @@ impl SnapshotterArguments {
         };
         Ok(Settings {
             root: self.root.clone(),
+            address: self.address.clone(),
+            listener: self.listener_fd.map(listener::inherited).transpose().context("taking over the socket")?,
             images,
             ahead: ahead::Settings { prefetch: !self.no_prefetch, complete: self.completing.completion() },
             mount_options: self.mount_option.clone(),

@@ -30,11 +30,12 @@ use loris_mount::{
     pager::{PagerError, PagerOptions},
     rootfs::Server,
 };
-use tokio::{net::UnixListener, runtime::Handle};
+use tokio::runtime::Handle;
 
 use crate::{
     ahead::{self, Ahead},
-    handover::{self, Control, Entered},
+    handover::{self, Control, Entered, Left},
+    listener::Listener,
     lowers::{self, LowerKey, Lowers},
     metadata::{Metadata, MetadataError, Snapshot},
     mounting::MountSettings,
@@ -58,6 +59,11 @@ const STOPPED: &str = "stopped";
 pub struct Settings {
     /// Where snapshots and what is known of them are kept.
     pub root: PathBuf,
+    /// The socket that containerd is told of.
+    pub address: PathBuf,
+    /// It, where somebody listens there already: a service manager, or a process that was killed
+    /// ([`listener::inherited`](crate::listener::inherited)).
+    pub listener: Option<OwnedFd>,
     /// How images are opened.
     pub images: remote::Settings,
     /// What is fetched ahead.
@@ -120,13 +126,14 @@ pub struct Daemon {
     root: PathBuf,
     snapshots: Snapshots,
     control: Control,
-    rests: bool,
+    /// `None` where it rests.
+    listener: Option<Listener>,
     _lock: File,
 }
 
 impl std::fmt::Debug for Daemon {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Daemon").field("root", &self.root).field("rests", &self.rests).finish_non_exhaustive()
+        f.debug_struct("Daemon").field("root", &self.root).field("rests", &self.rests()).finish_non_exhaustive()
     }
 }
 
@@ -137,21 +144,34 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`]. What was mounted stays so.
     pub async fn start(settings: Settings, keeper: Option<OwnedFd>) -> Result<Started, DaemonError> {
-        let Settings { root, images, ahead, mount_options, engine, pager, is_managed } = settings;
+        let Settings { root, address, listener, images, ahead, mount_options, engine, mut pager, is_managed } =
+            settings;
         let failed = |source| DaemonError::Root { path: root.clone(), source };
         make_root(&root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
         let is_successor = keeper.is_some();
-        let rests = is_successor && (is_managed || root.join(STOPPED).exists());
+        let was_stopped = root.join(STOPPED).exists();
+        let (left, listener) = match keeper {
+            // The address of one that was stopped is gone.
+            Some(keeper) => (Some(Left { keeper, listener: listener.filter(|_| !was_stopped) }), None),
+            None => (None, listener),
+        };
+        let rests = is_successor && (is_managed || was_stopped);
         let at = root.clone();
-        let entered = tokio::task::spawn_blocking(move || handover::enter(&at, keeper)).await;
-        let (lock, keeper) = match entered.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into())).map_err(failed)? {
-            Entered::Serves { lock, keeper } => (lock, keeper),
+        let entered = tokio::task::spawn_blocking(move || handover::enter(&at, left)).await;
+        let (lock, left) = match entered.unwrap_or_else(|_| Err(io::ErrorKind::Interrupted.into())).map_err(failed)? {
+            Entered::Serves { lock, left } => (lock, left),
             Entered::PassedOn => return Ok(Started::PassedOn),
         };
         if !rests {
             let _ = std::fs::remove_file(root.join(STOPPED));
         }
+        let (keeper, left_listener) = left.map_or((None, None), |left| (Some(left.keeper), left.listener));
+        // Before a keeper is started, which must have it too.
+        let listener = match (rests, listener.or(left_listener)) {
+            (true, _) => None,
+            (false, listener) => Some(Listener::open(&address, listener, &mut pager.on_death)?),
+        };
         let control = Control::listen(&root).map_err(failed)?;
         let inherited = keeper.map(Keeper::inherit_through).transpose().map_err(failed)?;
         let store = images.store.clone();
@@ -169,7 +189,7 @@ impl Daemon {
         let mounts = MountSettings::of_this_machine(mount_options);
         let images = Arc::new(Images::new(images));
         let snapshots = Snapshots::new(&root, metadata, images, Arc::clone(&lowers), ahead, mounts)?;
-        let daemon = Self { root, snapshots, control, rests, _lock: lock };
+        let daemon = Self { root, snapshots, control, listener, _lock: lock };
         daemon.take_over(inherited, &pager, &runtime).await?;
         Ok(Started::Serving(Box::new(daemon)))
     }
@@ -239,7 +259,7 @@ impl Daemon {
     /// Whether this process keeps mounts alive and does nothing else, until a fresh one comes.
     #[must_use]
     pub fn rests(&self) -> bool {
-        self.rests
+        self.listener.is_none()
     }
 
     /// Its snapshots.
@@ -248,13 +268,17 @@ impl Daemon {
         &self.snapshots
     }
 
-    /// Answers containerd on a socket. Returns when somebody asked for the process to make way, or where it rests, nothing
-    /// is left to keep alive.
+    /// Answers containerd; where it rests, keeps mounts alive and does nothing else. Returns when somebody asked for the
+    /// process to make way, or nothing is left to keep alive.
     ///
     /// # Errors
     /// Where the socket fails.
-    pub async fn serve(&self, listener: UnixListener) -> io::Result<()> {
-        let incoming = futures_util::stream::unfold(listener, |listener| async {
+    pub async fn serve(&self) -> io::Result<()> {
+        let Some(listener) = &self.listener else {
+            self.rest().await;
+            return Ok(());
+        };
+        let incoming = futures_util::stream::unfold(listener.socket()?, |listener| async {
             let accepted = listener.accept().await.map(|(stream, _)| stream);
             if accepted.is_err() {
                 // No descriptor is left, mostly.
@@ -265,6 +289,7 @@ impl Daemon {
         let service = SnapshotsServer::new(Service::new(self.snapshots.clone()))
             .max_decoding_message_size(MESSAGE_BYTES)
             .max_encoding_message_size(MESSAGE_BYTES);
+        tracing::info!(address = %listener.address().display(), "serving snapshots");
         let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
         tokio::select! {
             served = serving => served.map_err(io::Error::other),
@@ -273,7 +298,7 @@ impl Daemon {
     }
 
     /// Keeps mounts alive until a fresh process comes or nothing is left to keep alive.
-    pub async fn rest(&self) {
+    async fn rest(&self) {
         tokio::select! {
             () = self.control.asked(true) => {}
             () = self.snapshots.lowers().idle() => {}
@@ -286,42 +311,19 @@ impl Daemon {
         if let Err(error) = File::create(self.root.join(STOPPED)) {
             tracing::warn!(%error, "a successor will serve all");
         }
+        // Its keeper listens on, and nobody would answer.
+        if let Some(listener) = &self.listener {
+            listener.remove();
+        }
     }
 
     /// Takes all lower directories down. Blocks.
     pub fn take_down(self) {
         self.snapshots.lowers().unmount_all();
+        if let Some(listener) = &self.listener {
+            listener.remove();
+        }
     }
-}
-
-/// Makes the socket of the service, which only this user can use. One that nobody listens on is replaced; the caller has
-/// the right to the address.
-///
-/// # Errors
-/// See [`DaemonError::Socket`].
-pub fn listen(address: &Path) -> Result<UnixListener, DaemonError> {
-    let failed = |source| DaemonError::Socket { path: address.to_owned(), source };
-    if let Some(parent) = address.parent() {
-        std::fs::DirBuilder::new().recursive(true).mode(0o711).create(parent).map_err(failed)?;
-    }
-    if std::os::unix::net::UnixStream::connect(address).is_ok() {
-        return Err(failed(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there")));
-    }
-    // Made beside its place and renamed, so that nobody meets it before it has its mode.
-    let mut beside = address.as_os_str().to_owned();
-    beside.push(format!(".{}", std::process::id()));
-    let beside = PathBuf::from(beside);
-    let _ = std::fs::remove_file(&beside);
-    let bind = || {
-        let listener = UnixListener::bind(&beside)?;
-        std::fs::set_permissions(&beside, std::fs::Permissions::from_mode(0o600))?;
-        std::fs::rename(&beside, address)?;
-        Ok(listener)
-    };
-    bind().map_err(|source| {
-        let _ = std::fs::remove_file(&beside);
-        failed(source)
-    })
 }
 
 /// Makes the root directory, into which only its owner may look: a container's files have set-user-id bits and devices.

@@ -12,7 +12,7 @@
 //!
 //! | path in ROOT | is |
 //! |---|---|
-//! | `lock` | locked by who serves |
+//! | `lock` | locked by who serves; its process number |
 //! | `next` | locked by a fresh process until it serves |
 //! | `control.sock` | where who serves is asked to make way |
 //! | `handover.sock` | where a fresh process waits for a successor |
@@ -48,6 +48,15 @@ const PAUSE: Duration = Duration::from_millis(5);
 const MAKE_WAY: &[u8] = b"make way\n";
 const BUSY: &[u8] = b"busy\n";
 
+/// What a process that was killed has left.
+#[derive(Debug)]
+pub(crate) struct Left {
+    /// The socket of its keeper.
+    pub(crate) keeper: OwnedFd,
+    /// Where it listened. Clients that came since then wait there, and are not refused.
+    pub(crate) listener: Option<OwnedFd>,
+}
+
 /// What became of the attempt to serve.
 #[derive(Debug)]
 pub(crate) enum Entered {
@@ -55,25 +64,25 @@ pub(crate) enum Entered {
     Serves {
         /// Held for as long as it does.
         lock: File,
-        /// The socket of the keeper of who served before.
-        keeper: Option<OwnedFd>,
+        /// What who served before has left.
+        left: Option<Left>,
     },
     /// Another process does, and has got what this one had.
     PassedOn,
 }
 
-/// Enters a root directory, with the keeper's socket if this process is a successor. Blocks.
+/// Enters a root directory, with what its predecessor left if this process is a successor. Blocks.
 ///
 /// # Errors
 /// Where another process serves and will not make way, or files can't be used.
-pub(crate) fn enter(root: &Path, keeper: Option<OwnedFd>) -> io::Result<Entered> {
-    match keeper {
-        Some(keeper) => enter_as_successor(root, keeper),
+pub(crate) fn enter(root: &Path, left: Option<Left>) -> io::Result<Entered> {
+    match left {
+        Some(left) => enter_as_successor(root, left),
         None => enter_fresh(root),
     }
 }
 
-fn enter_as_successor(root: &Path, keeper: OwnedFd) -> io::Result<Entered> {
+fn enter_as_successor(root: &Path, left: Left) -> io::Result<Entered> {
     let end = Instant::now() + PATIENCE;
     loop {
         let next = lock_file(root, "next")?;
@@ -81,12 +90,13 @@ fn enter_as_successor(root: &Path, keeper: OwnedFd) -> io::Result<Entered> {
             // Nobody is coming.
             let lock = lock_file(root, "lock")?;
             if lock.try_lock().is_ok() {
-                return Ok(Entered::Serves { lock, keeper: Some(keeper) });
+                sign(&lock)?;
+                return Ok(Entered::Serves { lock, left: Some(left) });
             }
         }
         drop(next);
         if let Ok(fresh) = UnixStream::connect(root.join("handover.sock"))
-            && send_descriptor(&fresh, keeper.as_fd()).is_ok()
+            && send(&fresh, &left).is_ok()
         {
             return Ok(Entered::PassedOn);
         }
@@ -105,8 +115,9 @@ fn enter_fresh(root: &Path) -> io::Result<Entered> {
     remove_socket(&path)?;
     let listener = UnixListener::bind(&path)?;
     let entered = wait_for_lock(root).and_then(|lock| {
-        let keeper = wait_for_keeper(root, &listener)?;
-        Ok(Entered::Serves { lock, keeper })
+        sign(&lock)?;
+        let left = wait_for_keeper(root, &listener)?;
+        Ok(Entered::Serves { lock, left })
     });
     remove_socket(&path)?;
     entered
@@ -142,7 +153,7 @@ fn ask_to_make_way(root: &Path) -> io::Result<()> {
 }
 
 /// Waits for a successor where there is a keeper that will start one.
-fn wait_for_keeper(root: &Path, listener: &UnixListener) -> io::Result<Option<OwnedFd>> {
+fn wait_for_keeper(root: &Path, listener: &UnixListener) -> io::Result<Option<Left>> {
     listener.set_nonblocking(true)?;
     let end = Instant::now() + PATIENCE;
     while has_keeper(root) && Instant::now() < end {
@@ -150,8 +161,8 @@ fn wait_for_keeper(root: &Path, listener: &UnixListener) -> io::Result<Option<Ow
             Ok((stream, _)) => {
                 stream.set_nonblocking(false)?;
                 stream.set_read_timeout(Some(PATIENCE))?;
-                if let Ok(keeper) = receive_descriptor(&stream) {
-                    return Ok(Some(keeper));
+                if let Ok(left) = receive(&stream) {
+                    return Ok(Some(left));
                 }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(PAUSE),
@@ -217,6 +228,12 @@ impl Drop for Control {
     }
 }
 
+/// Says who has a lock.
+fn sign(mut lock: &File) -> io::Result<()> {
+    lock.set_len(0)?;
+    writeln!(lock, "{}", std::process::id())
+}
+
 fn lock_file(root: &Path, name: &str) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).mode(0o600).open(root.join(name))
 }
@@ -228,25 +245,26 @@ fn remove_socket(path: &Path) -> io::Result<()> {
     }
 }
 
-fn send_descriptor(stream: &UnixStream, descriptor: BorrowedFd<'_>) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+fn send(stream: &UnixStream, left: &Left) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors = [descriptor];
+    let descriptors: Vec<BorrowedFd<'_>> =
+        [Some(&left.keeper), left.listener.as_ref()].into_iter().flatten().map(AsFd::as_fd).collect();
     ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
     sendmsg(stream, &[IoSlice::new(b"k")], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
-fn receive_descriptor(stream: &UnixStream) -> io::Result<OwnedFd> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+fn receive(stream: &UnixStream) -> io::Result<Left> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut byte = [0];
     recvmsg(stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
     for message in ancillary.drain() {
         if let RecvAncillaryMessage::ScmRights(mut descriptors) = message
-            && let Some(descriptor) = descriptors.next()
+            && let Some(keeper) = descriptors.next()
         {
-            return Ok(descriptor);
+            return Ok(Left { keeper, listener: descriptors.next() });
         }
     }
     Err(io::ErrorKind::UnexpectedEof.into())
@@ -260,7 +278,7 @@ mod tests {
     #[test]
     fn who_is_alone_serves() {
         let root = tempfile::tempdir().unwrap();
-        let Entered::Serves { lock, keeper: None } = enter(root.path(), None).unwrap() else { panic!("not alone") };
+        let Entered::Serves { lock, left: None } = enter(root.path(), None).unwrap() else { panic!("not alone") };
         assert!(lock_file(root.path(), "lock").unwrap().try_lock().is_err());
         drop(lock);
         assert!(matches!(enter(root.path(), None).unwrap(), Entered::Serves { .. }));
@@ -274,6 +292,8 @@ mod tests {
         held.lock().unwrap();
         note_register(root.path(), &register).unwrap();
         let (ours, theirs) = UnixStream::pair().unwrap();
+        let listener = UnixListener::bind(root.path().join("service.sock")).unwrap();
+        let left = Left { keeper: theirs.into(), listener: Some(listener.into()) };
         let fresh = {
             let root = root.path().to_owned();
             std::thread::spawn(move || enter(&root, None).unwrap())
@@ -281,7 +301,7 @@ mod tests {
         while !root.path().join("handover.sock").exists() {
             std::thread::sleep(PAUSE);
         }
-        assert!(matches!(enter(root.path(), Some(theirs.into())).unwrap(), Entered::PassedOn));
+        assert!(matches!(enter(root.path(), Some(left)).unwrap(), Entered::PassedOn));
         let Entered::Serves { keeper: Some(keeper), .. } = fresh.join().unwrap() else {
             panic!("nothing was passed on")
         };
@@ -296,7 +316,8 @@ mod tests {
     fn a_successor_serves_where_nobody_is_coming() {
         let root = tempfile::tempdir().unwrap();
         let (_ours, theirs) = UnixStream::pair().unwrap();
-        let entered = enter(root.path(), Some(theirs.into())).unwrap();
-        assert!(matches!(entered, Entered::Serves { keeper: Some(_), .. }));
+        let left = Left { keeper: theirs.into(), listener: None };
+        let entered = enter(root.path(), Some(left)).unwrap();
+        assert!(matches!(entered, Entered::Serves { left: Some(_), .. }));
     }
 }

@@ -24,6 +24,7 @@ pub mod daemon;
 pub mod filter;
 mod handover;
 pub mod labels;
+pub mod listener;
 pub mod lowers;
 pub mod metadata;
 pub mod mounting;

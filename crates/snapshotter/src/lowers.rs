@@ -19,7 +19,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use loris_format::{digest::Digest, tree::OpaqueStyle};
+use loris_format::digest::Digest;
 use loris_lazy::{LazyLayer, Store};
 use loris_mount::{
     MountError, Special,
@@ -332,9 +332,6 @@ impl Lowers {
         lock(&self.mounted).len()
     }
 }
-
-/// Which attribute marks opaque directories of layers that are mounted alone.
-pub const OPAQUE: OpaqueStyle = OpaqueStyle::Both;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)

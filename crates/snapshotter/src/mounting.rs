@@ -7,6 +7,8 @@
 
 use std::path::{Path, PathBuf};
 
+use loris_format::tree::OpaqueStyle;
+
 use crate::{
     labels,
     metadata::{Kind, Labels, Snapshot},
@@ -44,6 +46,12 @@ impl MountSettings {
             user_xattrs: !map.split_whitespace().eq(["0", "0", "4294967295"]),
             options,
         }
+    }
+
+    /// Which attribute marks opaque directories of layers that are mounted alone. Containers would see the other one.
+    #[must_use]
+    pub fn opaque_style(&self) -> OpaqueStyle {
+        if self.user_xattrs { OpaqueStyle::User } else { OpaqueStyle::Trusted }
     }
 }
 

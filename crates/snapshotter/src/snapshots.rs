@@ -17,13 +17,14 @@ use std::{
     sync::Arc,
 };
 
+use loris_format::tree::OpaqueStyle;
 use loris_lazy::LazyLayer;
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
 
 use crate::{
     ahead::Ahead,
     labels::{self, Asked},
-    lowers::{LowerKey, Lowers, OPAQUE},
+    lowers::{LowerKey, Lowers},
     metadata::{Kind, Labels, Metadata, MetadataError, Snapshot, Usage, Wanted},
     mounting::{self, Mount, MountSettings},
     remote::{Images, RemoteLayer},
@@ -241,7 +242,7 @@ impl Snapshots {
         let name = snapshot.name.clone();
         let parents = self.blocking(move |inner| Ok(inner.metadata.parents(&name)?)).await?;
         let mut lower = Vec::new();
-        for part in parts(&parents) {
+        for part in parts(&parents, self.inner.mounts.opaque_style()) {
             lower.push(match part {
                 Part::Local(parent) => self.inner.directory(parent.id).join("fs"),
                 Part::Remote(chain) => self.lower(snapshot.id, &chain).await?,
@@ -403,7 +404,7 @@ impl Snapshots {
         let mut found = Vec::new();
         for user in users {
             let parents = self.inner.metadata.parents(&user.name)?;
-            for part in parts(&parents) {
+            for part in parts(&parents, self.inner.mounts.opaque_style()) {
                 if let Part::Remote(chain) = part {
                     found.push((user.id, chain.key(), chain.snapshots.into_iter().cloned().collect()));
                 }
@@ -545,7 +546,7 @@ impl Chain<'_> {
 }
 
 /// Cuts a chain of parents (the nearest first) into what becomes lower directories, the lowest first.
-fn parts(parents: &[Snapshot]) -> Vec<Part<'_>> {
+fn parts(parents: &[Snapshot], style: OpaqueStyle) -> Vec<Part<'_>> {
     let mut parts: Vec<Part<'_>> = Vec::new();
     for snapshot in parents.iter().rev() {
         let part = match (&snapshot.remote, parts.as_mut_slice()) {
@@ -555,7 +556,7 @@ fn parts(parents: &[Snapshot]) -> Vec<Part<'_>> {
                 continue;
             }
             (Some(_), []) => Part::Remote(Chain { snapshots: vec![snapshot], form: Form::Merged }),
-            (Some(_), _) => Part::Remote(Chain { snapshots: vec![snapshot], form: Form::Layer(OPAQUE) }),
+            (Some(_), _) => Part::Remote(Chain { snapshots: vec![snapshot], form: Form::Layer(style) }),
         };
         parts.push(part);
     }

@@ -18,6 +18,11 @@ pub struct Containerd {
 impl Containerd {
     /// Starts one; `None` where it, or what it needs, is missing, which has then been said.
     pub fn start(test: &str, place: &Place) -> Option<Self> {
+        Self::start_with(test, place, "")
+    }
+
+    /// Does the same, with more lines of configuration.
+    pub fn start_with(test: &str, place: &Place, more: &str) -> Option<Self> {
         if !loris_testkit::require_root(test) || !have(test, &["containerd", "ctr", "ctr-remote"]) {
             return None;
         }
@@ -28,7 +33,7 @@ impl Containerd {
             .join(", ");
         let config = format!(
             "version = 2\nroot = \"{path}/root\"\nstate = \"{path}/state\"\ndisabled_plugins = [{disabled}]\n\
-             [grpc]\naddress = \"{path}/socket\"\n"
+             [grpc]\naddress = \"{path}/socket\"\n{more}"
         );
         fs::write(directory.join("config.toml"), config).unwrap();
         let log = fs::File::create(directory.join("log")).unwrap();

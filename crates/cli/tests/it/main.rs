@@ -22,4 +22,5 @@ mod ours_to_peers;
 mod peers_to_ours;
 mod podman;
 mod rootfs;
+mod snapshotter;
 mod stopped;

@@ -5,11 +5,12 @@
 //! | file | content |
 //! |---|---|
 //! | `activity/PID.lock` | nothing; locked (`flock`) for as long as the process lives |
-//! | `activity/PID.json` | [`Activity`], version 1, replaced as a whole |
+//! | `activity/PID.json` | [`Activity`], version 1, or a list of them, one for each image; replaced as a whole |
 //!
 //! What a dead process has left is removed by whoever comes across it.
 
 use std::{
+    collections::{BTreeMap, HashMap},
     fs::{File, TryLockError},
     io::{self, Read as _, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -140,6 +141,50 @@ pub(crate) fn tell(store: &Store, verb: &str, image: &str, directory: Option<&Pa
     });
 }
 
+/// Tells what this process does with images that come and go: `layers` returns those that are open, by image.
+pub(crate) fn tell_of(
+    store: Store,
+    verb: &'static str,
+    layers: impl Fn() -> Vec<(String, Arc<LazyLayer>)> + Send + 'static,
+) {
+    let process = std::process::id();
+    tokio::spawn(async move {
+        let folder = folder(&store);
+        let lock = match lock(&folder, process) {
+            Ok(lock) => lock,
+            Err(error) => {
+                return tracing::debug!(%error, folder = %folder.display(), "`loris status` will not show this");
+            }
+        };
+        let path = folder.join(format!("{process}.json"));
+        let _left = Left { path: path.clone(), lock };
+        let mut before: HashMap<(String, String), LayerActivity> = HashMap::new();
+        loop {
+            let mut activities: BTreeMap<String, Activity> = BTreeMap::new();
+            for (image, layer) in layers() {
+                let key = (image.clone(), layer.digest().to_string());
+                let now = LayerActivity::of(&layer, before.get(&key));
+                before.insert(key, now.clone());
+                let directory = None;
+                let new = || Activity {
+                    version: VERSION,
+                    process,
+                    verb: verb.to_owned(),
+                    image: image.clone(),
+                    directory,
+                    layers: Vec::new(),
+                };
+                activities.entry(image.clone()).or_insert_with(new).layers.push(now);
+            }
+            before.retain(|(image, _), _| activities.contains_key(image));
+            if let Err(error) = write(&path, &activities.into_values().collect::<Vec<_>>()) {
+                tracing::debug!(%error, path = %path.display(), "`loris status` will show old figures");
+            }
+            tokio::time::sleep(INTERVAL).await;
+        }
+    });
+}
+
 /// Removes the files when the process ends in good order.
 struct Left {
     path: PathBuf,
@@ -162,7 +207,7 @@ fn lock(folder: &Path, process: u32) -> io::Result<File> {
     Ok(lock)
 }
 
-fn write(path: &Path, activity: &Activity) -> io::Result<()> {
+fn write(path: &Path, activity: &impl Serialize) -> io::Result<()> {
     let folder = path.parent().unwrap_or(Path::new("/"));
     let mut file = tempfile::Builder::new().prefix(".unfinished-").tempfile_in(folder)?;
     file.write_all(&serde_json::to_vec(activity)?)?;
@@ -199,9 +244,22 @@ pub(crate) fn all(store: &Store) -> io::Result<Vec<Activity>> {
     Ok(activities)
 }
 
-/// Returns `None` where a process has just begun, or is of another version.
-fn read(path: &Path) -> Option<Activity> {
+/// Returns nothing where a process has just begun, or is of another version.
+fn read(path: &Path) -> Vec<Activity> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Told {
+        Of(Box<Activity>),
+        OfMany(Vec<Activity>),
+    }
     let mut bytes = Vec::new();
-    File::open(path).ok()?.take(MOST_BYTES).read_to_end(&mut bytes).ok()?;
-    serde_json::from_slice(&bytes).ok().filter(|activity: &Activity| activity.version == VERSION)
+    let read = File::open(path).and_then(|file| file.take(MOST_BYTES).read_to_end(&mut bytes));
+    let told = read.ok().and_then(|_| serde_json::from_slice(&bytes).ok());
+    let mut activities = match told {
+        Some(Told::Of(activity)) => vec![*activity],
+        Some(Told::OfMany(activities)) => activities,
+        None => Vec::new(),
+    };
+    activities.retain(|activity| activity.version == VERSION);
+    activities
 }

@@ -1,6 +1,6 @@
 //! `loris daemon`: processes that serve lazy images to others.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Args, Subcommand};
@@ -9,12 +9,12 @@ use loris_mount::keeper::Keeper;
 use loris_snapshotter::{
     Daemon, ahead,
     daemon::{Settings, Started},
-    listener, remote,
+    listener, remote, watching,
 };
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
-    Global,
+    Global, activity,
     engine::{self, EngineArgument},
     failure::{self, Outcome},
     opened::{Completing, StorePlace},
@@ -48,6 +48,9 @@ pub(crate) struct SnapshotterArguments {
     /// Do not fetch first what the writers of images marked as needed for a start
     #[arg(long)]
     no_prefetch: bool,
+    /// Serve metrics for Prometheus at `/metrics`, and `/healthz` and `/readyz`, on this address, as 127.0.0.1:9091
+    #[arg(long, value_name = "HOST:PORT")]
+    metrics_address: Option<String>,
     /// The number of a descriptor that listens there already, as the keeper of mounts passes it on
     #[arg(long, hide = true)]
     listener_fd: Option<i32>,
@@ -79,6 +82,16 @@ impl SnapshotterArguments {
             Started::Serving(daemon) => daemon,
             Started::PassedOn => return Ok(Outcome::Done),
         };
+        let snapshots = daemon.snapshots();
+        tokio::spawn(watching::count(Arc::clone(snapshots.metrics())));
+        if let Some(address) = self.metrics_address.as_deref().filter(|_| !daemon.rests()) {
+            // Where that fails, images are served all the same.
+            if let Err(error) = watching::watch(address, snapshots.clone()).await {
+                tracing::error!(address, %error, "metrics can't be served");
+            }
+        }
+        let known = snapshots.clone();
+        activity::tell_of(self.place.open()?, "daemon snapshotter", move || known.layers());
         tokio::select! {
             served = daemon.serve() => served.context("serving snapshots")?,
             _ = terminate.recv() => {}

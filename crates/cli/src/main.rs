@@ -18,6 +18,7 @@ mod daemon;
 mod demo;
 mod doctor;
 mod engine;
+mod explain;
 mod failure;
 mod fs;
 mod inspect;
@@ -106,6 +107,8 @@ enum Verb {
     Warm(warm::WarmArguments),
     /// Show what of images is here, who uses it, and what is being fetched and why
     Status(status::StatusArguments),
+    /// Show whether an image or a container is lazy under containerd, which layers are not and why, and what was waited for
+    Explain(explain::ExplainArguments),
     /// Show, check and clean what was kept of images
     #[command(subcommand)]
     Cache(cache::CacheCommand),
@@ -181,6 +184,7 @@ fn main() -> ExitCode {
         Verb::Run(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Warm(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Status(arguments) => arguments.run(&global),
+        Verb::Explain(arguments) => arguments.run(&global),
         Verb::Cache(command) => command.run(&global),
         Verb::Daemon(command) => runtime.block_on(command.run(&global)),
         Verb::Doctor(arguments) => arguments.run(&global),

@@ -218,7 +218,7 @@ impl Daemon {
         };
         let mut opened: HashMap<u64, Arc<LazyLayer>> = HashMap::new();
         let wanted = chains.values().flat_map(|(_, snapshots)| snapshots);
-        let openings = wanted.map(|snapshot| async move { (snapshot.id, self.snapshots.open_again(snapshot).await) });
+        let openings = wanted.map(|snapshot| async move { (snapshot.id, self.snapshots.reopened(snapshot).await) });
         for (id, layer) in futures_util::future::join_all(openings).await {
             match layer {
                 Ok(layer) => drop(opened.insert(id, layer)),
@@ -293,14 +293,24 @@ impl Daemon {
         let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
         tokio::select! {
             served = serving => served.map_err(io::Error::other),
-            () = self.control.asked(false) => Ok(()),
+            () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }
 
     /// Keeps mounts alive until a fresh process comes or nothing is left to keep alive.
+    async fn report(&self) -> Vec<u8> {
+        match self.snapshots.report().await {
+            Ok(report) => serde_json::to_vec(&report).unwrap_or_default(),
+            Err(error) => {
+                tracing::warn!(%error, "what is known can't be told");
+                Vec::new()
+            }
+        }
+    }
+
     async fn rest(&self) {
         tokio::select! {
-            () = self.control.asked(true) => {}
+            () = self.control.asked(true, || self.report()) => {}
             () = self.snapshots.lowers().idle() => {}
         }
     }

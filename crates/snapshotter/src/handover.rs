@@ -42,11 +42,17 @@ use rustix::net::{
 
 /// How long a process that was asked to make way, or a successor, is waited for.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How long one who asks may take to ask, or to take the answer.
+const PATIENCE_OF_CONTROL: Duration = Duration::from_secs(2);
+/// Largest report that is read.
+const MOST_REPORT_BYTES: u64 = 256 << 20;
 /// Between looks.
 const PAUSE: Duration = Duration::from_millis(5);
 /// What is said on `control.sock`.
 const MAKE_WAY: &[u8] = b"make way\n";
 const BUSY: &[u8] = b"busy\n";
+/// So long as the other one, so that each is read whole.
+const REPORT: &[u8] = b"report!!\n";
 
 /// What a process that was killed has left.
 #[derive(Debug)]
@@ -201,8 +207,9 @@ impl Control {
         Ok(Self { listener: tokio::net::UnixListener::bind(&path)?, path })
     }
 
-    /// Answers those who ask. Returns when somebody did and this process makes way for anyone.
-    pub(crate) async fn asked(&self, makes_way: bool) {
+    /// Answers those who ask what is known with a report. Returns when somebody asked the process to make way, and it does
+    /// for anyone.
+    pub(crate) async fn asked<F: Future<Output = Vec<u8>>>(&self, makes_way: bool, report: impl Fn() -> F) {
         use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
         loop {
             let Ok((mut stream, _)) = self.listener.accept().await else {
@@ -210,16 +217,29 @@ impl Control {
                 continue;
             };
             let mut question = [0; MAKE_WAY.len()];
-            let read = tokio::time::timeout(Duration::from_secs(1), stream.read_exact(&mut question)).await;
-            if !matches!(read, Ok(Ok(_))) || question != MAKE_WAY {
-                continue;
-            }
-            if makes_way {
-                return;
-            }
-            let _ = stream.write_all(BUSY).await;
+            let read = tokio::time::timeout(PATIENCE_OF_CONTROL, stream.read_exact(&mut question)).await;
+            let answer = match (read, question.as_slice()) {
+                (Ok(Ok(_)), MAKE_WAY) if makes_way => return,
+                (Ok(Ok(_)), MAKE_WAY) => BUSY.to_vec(),
+                (Ok(Ok(_)), REPORT) => report().await,
+                _ => continue,
+            };
+            let _ = tokio::time::timeout(PATIENCE_OF_CONTROL, stream.write_all(&answer)).await;
         }
     }
+}
+
+/// Asks the process that serves a root directory what it knows. Blocks.
+///
+/// # Errors
+/// Where none does.
+pub(crate) fn ask_for_report(root: &Path) -> io::Result<Vec<u8>> {
+    let mut stream = UnixStream::connect(root.join("control.sock"))?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(REPORT)?;
+    let mut answer = Vec::new();
+    stream.take(MOST_REPORT_BYTES).read_to_end(&mut answer)?;
+    Ok(answer)
 }
 
 impl Drop for Control {

@@ -77,6 +77,12 @@ pub fn asked(labels: &Labels) -> Option<Result<Asked, String>> {
         .to_owned()))
 }
 
+/// Returns the image and the layer that labels name, as they name them.
+pub(crate) fn image_and_layer(labels: &Labels) -> (Option<String>, Option<String>) {
+    let named = |number: usize| FAMILIES.iter().find_map(|family| labels.get(family[number])).cloned();
+    (named(0), named(1))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]

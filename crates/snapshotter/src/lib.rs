@@ -14,6 +14,7 @@
 //!
 //! - [`labels`]: what clients say of a layer. [`filter`]: how they ask for lists.
 //! - [`daemon`]: all of it, started, and taken over from a process that was killed.
+//! - [`metrics`], [`report`]: what is counted, and what is known, for those who look.
 //! - [`proto`]: containerd's protocol, generated.
 //!
 //! What this crate must not know: the command line, formats of layers, how the kernel is asked.
@@ -27,13 +28,16 @@ pub mod labels;
 pub mod listener;
 pub mod lowers;
 pub mod metadata;
+pub mod metrics;
 pub mod mounting;
 #[allow(missing_docs, clippy::all, clippy::pedantic)]
 pub mod proto;
 pub mod remote;
+pub mod report;
 mod service;
 pub mod snapshots;
 mod usage;
+pub mod watching;
 
 pub use daemon::{Daemon, DaemonError};
 pub use snapshots::{SnapshotError, Snapshots};

@@ -40,6 +40,85 @@ pub struct RemoteLayer {
     /// What its configuration says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub diff_id: Option<DiffId>,
+    /// How long it took to open it.
+    #[serde(default)]
+    pub opening: OpeningTimes,
+}
+
+/// What the client waited for, in milliseconds since it asked for the first layer of the image.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct OpeningTimes {
+    /// Until the manifest was here.
+    pub manifest_ms: u64,
+    /// Until the layer's table of contents was here, and read.
+    pub layer_ms: u64,
+}
+
+/// Why a layer is not lazy.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Fallback {
+    /// For those who count.
+    pub kind: FallbackKind,
+    /// For those who read.
+    pub reason: String,
+}
+
+/// Kinds of reasons.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum FallbackKind {
+    /// The client does not say enough, or something else than the registry.
+    Client,
+    /// The layer is of no lazy format.
+    NotLazy,
+    /// No digest vouches for its content.
+    Unvouched,
+    /// It is damaged.
+    Corrupt,
+    /// The registry does not answer, or not rightly.
+    Registry,
+    /// It took too long.
+    Timeout,
+    /// The disk, or something else of this machine.
+    Local,
+}
+
+impl FallbackKind {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Client, Self::NotLazy, Self::Unvouched, Self::Corrupt, Self::Registry, Self::Timeout, Self::Local];
+
+    /// A word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Client => "client",
+            Self::NotLazy => "not-lazy",
+            Self::Unvouched => "unvouched",
+            Self::Corrupt => "corrupt",
+            Self::Registry => "registry",
+            Self::Timeout => "timeout",
+            Self::Local => "local",
+        }
+    }
+}
+
+impl Fallback {
+    pub(crate) fn client(reason: String) -> Self {
+        Self { kind: FallbackKind::Client, reason }
+    }
+}
+
+impl From<LayerError> for Fallback {
+    fn from(error: LayerError) -> Self {
+        let kind = match &error {
+            LayerError::NotLazy { .. } => FallbackKind::NotLazy,
+            LayerError::Unvouched { .. } | LayerError::Undigested { .. } => FallbackKind::Unvouched,
+            LayerError::Corrupt { .. } | LayerError::Condemned { .. } => FallbackKind::Corrupt,
+            LayerError::Fetch { .. } => FallbackKind::Registry,
+            _ => FallbackKind::Local,
+        };
+        Self { kind, reason: error.to_string() }
+    }
 }
 
 impl RemoteLayer {
@@ -71,8 +150,9 @@ pub struct Images {
 }
 
 type ImageKey = (String, Option<Digest>);
-type Opening = Shared<BoxFuture<'static, Result<Arc<Image>, String>>>;
-type LayerOpening = Shared<BoxFuture<'static, Result<Arc<LazyLayer>, LayerError>>>;
+type Opening = Shared<BoxFuture<'static, Result<Arc<Image>, Fallback>>>;
+/// The layer, and how long that took.
+type LayerOpening = Shared<BoxFuture<'static, Result<(Arc<LazyLayer>, Duration), LayerError>>>;
 
 struct Resolved {
     image: Opening,
@@ -81,6 +161,8 @@ struct Resolved {
 
 /// An image whose manifest is known and whose layers are being opened.
 struct Image {
+    /// How long it took to find the manifest.
+    manifest: Duration,
     layers: Vec<(Descriptor, LayerOpening)>,
     diff_ids: Shared<BoxFuture<'static, Vec<DiffId>>>,
 }
@@ -102,15 +184,18 @@ impl Images {
     ///
     /// # Errors
     /// Why the client should pull it itself.
-    pub async fn layer(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), String> {
+    pub async fn layer(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
         let patience = self.settings.patience;
         match tokio::time::timeout(patience, self.find(asked)).await {
             Ok(found) => found,
-            Err(_) => Err(format!("it could not be opened within {} s", patience.as_secs_f32())),
+            Err(_) => Err(Fallback {
+                kind: FallbackKind::Timeout,
+                reason: format!("it could not be opened within {} s", patience.as_secs_f32()),
+            }),
         }
     }
 
-    async fn find(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), String> {
+    async fn find(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
         // The name may lead elsewhere by now.
         let mut image = self.image(asked, false).await?;
         let is_meant = |descriptor: &Descriptor| descriptor.digest == asked.layer;
@@ -118,18 +203,24 @@ impl Images {
             image = self.image(asked, true).await?;
         }
         let Some(number) = image.layers.iter().position(|(descriptor, _)| is_meant(descriptor)) else {
-            return Err(format!("the image that {} leads to has no such layer", asked.reference));
+            let reason = format!("the image that {} leads to has no such layer", asked.reference);
+            return Err(Fallback::client(reason));
         };
         let (descriptor, opening) = &image.layers[number];
         if let Some(toc) = &asked.toc
             && descriptor.annotations.get(TOC_DIGEST_ANNOTATION) != Some(toc)
         {
-            return Err(format!("the registry names another table of contents than the client's manifest, {toc}"));
+            let reason = format!("the registry names another table of contents than the client's manifest, {toc}");
+            return Err(Fallback::client(reason));
         }
-        let layer = opening.clone().await.map_err(|error| error.to_string())?;
+        let (layer, took) = opening.clone().await?;
         // It was asked for beside the layers.
         let diff_id = image.diff_ids.clone().await.get(number).copied();
-        Ok((RemoteLayer { reference: asked.reference.clone(), descriptor: descriptor.clone(), diff_id }, layer))
+        let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        let opening =
+            OpeningTimes { manifest_ms: milliseconds(image.manifest), layer_ms: milliseconds(image.manifest + took) };
+        let (reference, descriptor) = (asked.reference.clone(), descriptor.clone());
+        Ok((RemoteLayer { reference, descriptor, diff_id, opening }, layer))
     }
 
     /// Opens a layer that was opened before, as after a restart: what is in the store is not asked for again.
@@ -165,7 +256,7 @@ impl Images {
         Some(self.settings.store.layer_directory(&remote.descriptor.digest, &toc))
     }
 
-    async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, String> {
+    async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, Fallback> {
         let key = (asked.reference.clone(), asked.manifest);
         let opening = {
             let mut resolved = lock(&self.resolved);
@@ -191,25 +282,33 @@ impl Images {
     }
 
     /// Finds the manifest and begins to open everything.
-    async fn begin(self: Arc<Self>, (name, manifest): ImageKey) -> Result<Arc<Image>, String> {
-        let mut reference: Reference = name.parse().map_err(|error: loris_oci::Error| error.to_string())?;
+    async fn begin(self: Arc<Self>, (name, manifest): ImageKey) -> Result<Arc<Image>, Fallback> {
+        let began = Instant::now();
+        let not_named = |error: loris_oci::Error| Fallback::client(error.to_string());
+        let mut reference: Reference = name.parse().map_err(not_named)?;
         if let Some(manifest) = manifest {
             reference = reference.with_digest(manifest);
         }
         let source = Arc::new(self.settings.client.source(&reference));
         let source: Arc<dyn ImageSource> = Arc::new(Remembering::new(source, &self.settings.store));
         let limits = self.settings.open.limits.clone();
-        let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(|error| error.to_string())?;
+        let failed = |error: loris_oci::Error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() };
+        let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(failed)?;
+        let found = began.elapsed();
         let diff_ids = Self::diff_ids(Arc::clone(&source), manifest.clone(), limits).boxed().shared();
         tokio::spawn(diff_ids.clone());
         let mut layers = Vec::new();
         for (number, descriptor) in manifest.layers.iter().enumerate() {
             let (images, source, descriptor) = (Arc::clone(&self), Arc::clone(&source), descriptor.clone());
             let (known, opened) = (descriptor.clone(), diff_ids.clone());
-            let opening = async move { images.opened(source, &known).await }.boxed().shared();
+            let opening = async move {
+                let began = Instant::now();
+                images.opened(source, &known).await.map(|layer| (layer, began.elapsed()))
+            };
+            let opening = opening.boxed().shared();
             let claimed = opening.clone();
             tokio::spawn(async move {
-                if let (Ok(layer), diff_ids) = tokio::join!(claimed, opened)
+                if let (Ok((layer, _)), diff_ids) = tokio::join!(claimed, opened)
                     && let Some(diff_id) = diff_ids.get(number)
                 {
                     layer.claim_diff_id(diff_id);
@@ -217,7 +316,7 @@ impl Images {
             });
             layers.push((descriptor, opening));
         }
-        Ok(Arc::new(Image { layers, diff_ids }))
+        Ok(Arc::new(Image { manifest: found, layers, diff_ids }))
     }
 
     async fn diff_ids(

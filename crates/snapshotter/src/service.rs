@@ -2,7 +2,7 @@
 //!
 //! What this module must not know: what a call does.
 
-use std::pin::Pin;
+use std::{pin::Pin, time::Instant};
 
 use futures_util::{Stream, stream};
 use tonic::{Code, Request, Response, Status};
@@ -10,6 +10,7 @@ use tonic::{Code, Request, Response, Status};
 use crate::{
     filter::Filters,
     metadata::{Kind, Labels, MetadataError, Snapshot, Time},
+    metrics::Metrics,
     mounting::Mount,
     proto::{
         snapshots::{
@@ -40,54 +41,93 @@ impl Service {
 
 type Answer<T> = Result<Response<T>, Status>;
 
+/// A call that is being answered, and is counted when it was.
+struct Counting<'a> {
+    metrics: &'a Metrics,
+    call: &'static str,
+    began: Instant,
+    result: &'static str,
+}
+
+impl Service {
+    fn count(&self, call: &'static str) -> Counting<'_> {
+        Counting { metrics: self.snapshots.metrics(), call, began: Instant::now(), result: "error" }
+    }
+}
+
+impl Counting<'_> {
+    /// It went as it should.
+    fn fine<T>(mut self, answer: T) -> Answer<T> {
+        self.result = "ok";
+        Ok(Response::new(answer))
+    }
+}
+
+impl Drop for Counting<'_> {
+    fn drop(&mut self) {
+        self.metrics.called(self.call, self.began.elapsed(), self.result);
+    }
+}
+
 #[async_trait::async_trait]
 impl snapshots_server::Snapshots for Service {
     type ListStream = Pin<Box<dyn Stream<Item = Result<ListSnapshotsResponse, Status>> + Send>>;
 
     async fn prepare(&self, request: Request<PrepareSnapshotRequest>) -> Answer<PrepareSnapshotResponse> {
+        let counting = self.count("prepare");
         let PrepareSnapshotRequest { key, parent, labels, .. } = request.into_inner();
         match self.snapshots.prepare(&key, &parent, sorted(labels)).await.map_err(|error| status(&error))? {
-            Prepared::Mounts(mounts) => Ok(Response::new(PrepareSnapshotResponse { mounts: on_wire(mounts) })),
-            Prepared::Remote => Err(Status::already_exists(format!("the target snapshot of {key} is there"))),
+            Prepared::Mounts(mounts) => counting.fine(PrepareSnapshotResponse { mounts: on_wire(mounts) }),
+            // As good as an answer can be.
+            Prepared::Remote => counting
+                .fine(PrepareSnapshotResponse::default())
+                .and(Err(Status::already_exists(format!("the target snapshot of {key} is there")))),
         }
     }
 
     async fn view(&self, request: Request<ViewSnapshotRequest>) -> Answer<ViewSnapshotResponse> {
+        let counting = self.count("view");
         let ViewSnapshotRequest { key, parent, labels, .. } = request.into_inner();
         let mounts = self.snapshots.view(&key, &parent, sorted(labels)).await.map_err(|error| status(&error))?;
-        Ok(Response::new(ViewSnapshotResponse { mounts: on_wire(mounts) }))
+        counting.fine(ViewSnapshotResponse { mounts: on_wire(mounts) })
     }
 
     async fn mounts(&self, request: Request<MountsRequest>) -> Answer<MountsResponse> {
+        let counting = self.count("mounts");
         let mounts = self.snapshots.mounts(&request.into_inner().key).await.map_err(|error| status(&error))?;
-        Ok(Response::new(MountsResponse { mounts: on_wire(mounts) }))
+        counting.fine(MountsResponse { mounts: on_wire(mounts) })
     }
 
     async fn commit(&self, request: Request<CommitSnapshotRequest>) -> Answer<()> {
+        let counting = self.count("commit");
         let CommitSnapshotRequest { name, key, labels, parent, .. } = request.into_inner();
         self.snapshots.commit(&name, &key, &parent, sorted(labels)).await.map_err(|error| status(&error))?;
-        Ok(Response::new(()))
+        counting.fine(())
     }
 
     async fn remove(&self, request: Request<RemoveSnapshotRequest>) -> Answer<()> {
+        let counting = self.count("remove");
         self.snapshots.remove(&request.into_inner().key).await.map_err(|error| status(&error))?;
-        Ok(Response::new(()))
+        counting.fine(())
     }
 
     async fn stat(&self, request: Request<StatSnapshotRequest>) -> Answer<StatSnapshotResponse> {
+        let counting = self.count("stat");
         let snapshot = self.snapshots.stat(&request.into_inner().key).await.map_err(|error| status(&error))?;
-        Ok(Response::new(StatSnapshotResponse { info: Some(info(snapshot)) }))
+        counting.fine(StatSnapshotResponse { info: Some(info(snapshot)) })
     }
 
     async fn update(&self, request: Request<UpdateSnapshotRequest>) -> Answer<UpdateSnapshotResponse> {
+        let counting = self.count("update");
         let UpdateSnapshotRequest { info: wanted, update_mask, .. } = request.into_inner();
         let wanted = wanted.ok_or_else(|| Status::invalid_argument("nothing is said of the snapshot"))?;
         let paths = update_mask.unwrap_or_default().paths;
         let snapshot = self.snapshots.update(&wanted.name, sorted(wanted.labels), paths).await;
-        Ok(Response::new(UpdateSnapshotResponse { info: Some(info(snapshot.map_err(|error| status(&error))?)) }))
+        counting.fine(UpdateSnapshotResponse { info: Some(info(snapshot.map_err(|error| status(&error))?)) })
     }
 
     async fn list(&self, request: Request<ListSnapshotsRequest>) -> Answer<Self::ListStream> {
+        let counting = self.count("list");
         let filters = Filters::parse(&request.into_inner().filters);
         let filters = filters.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let listed = self.snapshots.list(move |snapshot| filters.match_snapshot(snapshot)).await;
@@ -97,18 +137,20 @@ impl snapshots_server::Snapshots for Service {
             let rest = infos.split_off(infos.len().min(LISTED));
             parts.push(Ok(ListSnapshotsResponse { info: std::mem::replace(&mut infos, rest) }));
         }
-        Ok(Response::new(Box::pin(stream::iter(parts))))
+        counting.fine(Box::pin(stream::iter(parts)))
     }
 
     async fn usage(&self, request: Request<UsageRequest>) -> Answer<UsageResponse> {
+        let counting = self.count("usage");
         let usage = self.snapshots.usage(&request.into_inner().key).await.map_err(|error| status(&error))?;
         let signed = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
-        Ok(Response::new(UsageResponse { size: signed(usage.bytes), inodes: signed(usage.inodes) }))
+        counting.fine(UsageResponse { size: signed(usage.bytes), inodes: signed(usage.inodes) })
     }
 
     async fn cleanup(&self, _request: Request<CleanupRequest>) -> Answer<()> {
+        let counting = self.count("cleanup");
         self.snapshots.cleanup().await.map_err(|error| status(&error))?;
-        Ok(Response::new(()))
+        counting.fine(())
     }
 }
 

@@ -26,8 +26,10 @@ use crate::{
     labels::{self, Asked},
     lowers::{LowerKey, Lowers},
     metadata::{Kind, Labels, Metadata, MetadataError, Snapshot, Usage, Wanted},
+    metrics::Metrics,
     mounting::{self, Mount, MountSettings},
-    remote::{Images, RemoteLayer},
+    remote::{Fallback, FallbackKind, Images, RemoteLayer},
+    report::Report,
     usage,
 };
 
@@ -91,6 +93,7 @@ struct Inner {
     lowers: Arc<Lowers>,
     ahead: Ahead,
     mounts: MountSettings,
+    metrics: Arc<Metrics>,
 }
 
 impl Snapshots {
@@ -106,7 +109,8 @@ impl Snapshots {
         ahead: Ahead,
         mounts: MountSettings,
     ) -> Result<Self> {
-        let inner = Inner { root: root.join("snapshots"), metadata, images, lowers, ahead, mounts };
+        let metrics = Arc::new(Metrics::new(&ahead, &lowers));
+        let inner = Inner { root: root.join("snapshots"), metadata, images, lowers, ahead, mounts, metrics };
         std::fs::create_dir_all(&inner.root).map_err(at(&inner.root))?;
         let snapshots = Self { inner: Arc::new(inner) };
         snapshots.inner.clean()?;
@@ -120,15 +124,20 @@ impl Snapshots {
     pub async fn prepare(&self, key: &str, parent: &str, labels: Labels) -> Result<Prepared> {
         let fallback = match labels::asked(&labels) {
             None => None,
-            Some(Err(reason)) => Some(reason),
+            Some(Err(reason)) => Some(Fallback::client(reason)),
             Some(Ok(asked)) => match self.prepare_remote(&asked, parent, &labels).await? {
-                Ok(()) => return Ok(Prepared::Remote),
-                Err(reason) => Some(reason),
+                Ok(()) => {
+                    self.inner.metrics.prepared(None);
+                    return Ok(Prepared::Remote);
+                }
+                Err(fallback) => Some(fallback),
             },
         };
-        if let Some(reason) = &fallback {
+        let fallback = fallback.map(|Fallback { kind, reason }| {
             tracing::info!(snapshot = key, %reason, remote_snapshot_prepared = false, "a layer is pulled as usual");
-        }
+            self.inner.metrics.prepared(Some(kind));
+            reason
+        });
         self.make(key, parent, labels, Kind::Active, fallback).await.map(Prepared::Mounts)
     }
 
@@ -146,16 +155,19 @@ impl Snapshots {
         asked: &Asked,
         parent: &str,
         labels: &Labels,
-    ) -> Result<std::result::Result<(), String>> {
+    ) -> Result<std::result::Result<(), Fallback>> {
         // The same layer on the same parent may be here, as another namespace has it.
         let (target, below) = (asked.target.clone(), parent.to_owned());
         let known = self.blocking(move |inner| inner.committed_remote(&target, &below)).await?;
         if let Some(known) = known {
-            return self.reopened(&known).await.map(|opened| opened.map(drop).map_err(|error| error.to_string()));
+            let opened = self.reopened(&known).await;
+            return Ok(opened
+                .map(drop)
+                .map_err(|error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() }));
         }
         let (remote, layer) = match self.inner.images.layer(asked).await {
             Ok(found) => found,
-            Err(reason) => return Ok(Err(reason)),
+            Err(fallback) => return Ok(Err(fallback)),
         };
         let mut labels = labels.clone();
         labels.insert(labels::REMOTE.to_owned(), labels::REMOTE_VALUE.to_owned());
@@ -265,7 +277,7 @@ impl Snapshots {
         let opened = chain.snapshots.iter().map(|snapshot| self.reopened(snapshot));
         let mut layers = Vec::new();
         for opened in futures_util::future::join_all(opened).await {
-            layers.push(opened??);
+            layers.push(opened?);
         }
         let form = chain.form;
         let path = self.blocking(move |_| Ok(lowers.mount(&key, &layers, form, user)?)).await?;
@@ -273,24 +285,23 @@ impl Snapshots {
     }
 
     /// Returns the layer of a remote snapshot, opened again where it is not open.
-    async fn reopened(&self, snapshot: &Snapshot) -> Result<Result<Arc<LazyLayer>>> {
+    ///
+    /// # Errors
+    /// See [`SnapshotError`].
+    pub async fn reopened(&self, snapshot: &Snapshot) -> Result<Arc<LazyLayer>> {
         let Some(remote) = &snapshot.remote else {
-            return Ok(Err(MetadataError::WrongState(format!("snapshot {} is not remote", snapshot.name)).into()));
+            return Err(MetadataError::WrongState(format!("snapshot {} is not remote", snapshot.name)).into());
         };
         if let Some(layer) = self.inner.ahead.layer(snapshot.id) {
-            return Ok(Ok(layer));
+            return Ok(layer);
         }
-        match self.inner.images.reopen(remote).await {
-            Ok(layer) => {
-                self.inner.ahead.begin(&remote.reference, snapshot.id, &layer);
-                Ok(Ok(layer))
-            }
-            Err(error) => Ok(Err(SnapshotError::Layer {
-                layer: remote.descriptor.digest.to_string(),
-                reference: remote.reference.clone(),
-                reason: error.to_string(),
-            })),
-        }
+        let layer = self.inner.images.reopen(remote).await.map_err(|error| SnapshotError::Layer {
+            layer: remote.descriptor.digest.to_string(),
+            reference: remote.reference.clone(),
+            reason: error.to_string(),
+        })?;
+        self.inner.ahead.begin(&remote.reference, snapshot.id, &layer);
+        Ok(layer)
     }
 
     /// Commits an active snapshot; on another parent where one is given.
@@ -413,12 +424,28 @@ impl Snapshots {
         Ok(found)
     }
 
-    /// Opens the layer of a remote snapshot of an earlier process.
+    /// Counts what happens.
+    #[must_use]
+    pub fn metrics(&self) -> &Arc<Metrics> {
+        &self.inner.metrics
+    }
+
+    /// What is open, by image.
+    #[must_use]
+    pub fn layers(&self) -> Vec<(String, Arc<LazyLayer>)> {
+        self.inner.ahead.layers()
+    }
+
+    /// Tells all that is known of images and containers.
     ///
     /// # Errors
     /// See [`SnapshotError`].
-    pub async fn open_again(&self, snapshot: &Snapshot) -> Result<Arc<LazyLayer>> {
-        self.reopened(snapshot).await?
+    pub async fn report(&self) -> Result<Report> {
+        self.blocking(|inner| {
+            let snapshots = inner.metadata.list(|_| true)?;
+            Ok(Report::of(&snapshots, |id| inner.ahead.layer(id)))
+        })
+        .await
     }
 
     async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {

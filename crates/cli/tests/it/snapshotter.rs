@@ -34,6 +34,8 @@ struct Snapshotter {
     root: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
+    /// Where metrics are.
+    watched: String,
 }
 
 impl Snapshotter {
@@ -64,6 +66,16 @@ impl Snapshotter {
 
     fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Asks what is watched.
+    fn http(&self, path: &str) -> String {
+        use std::io::{Read as _, Write as _};
+        let mut stream = std::net::TcpStream::connect(&self.watched).unwrap();
+        write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        answer
     }
 
     /// Who serves now.
@@ -137,8 +149,11 @@ impl Scene {
             format!("--address={}", text(&root.with_extension("sock"))),
             format!("--cache-dir={}", text(&place.join("cache"))),
         ];
+        // A port that was free a moment ago.
+        let watched = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+        arguments.push(format!("--metrics-address={watched}"));
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
-        let mut daemon = Snapshotter { started: None, root, log: place.join("daemon.log"), arguments };
+        let mut daemon = Snapshotter { started: None, root, log: place.join("daemon.log"), arguments, watched };
         daemon.start();
         let plugin = format!("[proxy_plugins.loris]\ntype = \"snapshot\"\naddress = \"{}\"\n", text(&daemon.socket()));
         let containerd = Containerd::start_with(test, &place, &plugin)?;
@@ -214,6 +229,12 @@ impl Scene {
         self.registry.requests().iter().filter(|request| is_layer(request)).count()
     }
 
+    fn explain(&self, name: &str) -> Command {
+        let mut command = self.place.loris("explain --json --root");
+        command.arg(&self.daemon.root).arg(name);
+        command
+    }
+
     fn finish(mut self) {
         self.containerd.take();
         self.daemon.end();
@@ -256,6 +277,22 @@ fn images_run_before_they_are_pulled_and_go_without_a_trace() {
     let root = layout::unpack(small, "t", &scene.place.join("bundle"));
     scene.view(|at| assert_same(&unpacked_facts(&root), &unpacked_facts(at)));
 
+    let explained = ok(&mut scene.explain(&name)).json();
+    assert_eq!(explained["is_lazy"], true, "{explained}");
+    assert!(explained["layers"][1]["activity"]["demand_bytes"].as_u64().unwrap() > 0, "{explained}");
+    let status = ok(scene.place.loris("status --json").arg(&name)).json();
+    assert_eq!(status["processes"][0]["verb"], "daemon snapshotter", "{status}");
+    scene.explain("no-such-image").output().map(|ran| assert!(!ran.status.success())).unwrap();
+    for (path, said) in [
+        ("/metrics", "loris_layers_prepared_total{outcome=\"lazy\"}"),
+        ("/metrics", "loris_fetched_bytes_total{why=\"demand\"}"),
+        ("/healthz", "ok"),
+        ("/readyz", "ok"),
+    ] {
+        let answer = scene.daemon.http(path);
+        assert!(answer.contains(said), "{path}: {answer}");
+    }
+
     ok(scene.containerd().ctr().args(["images", "rm", "--sync", &name]));
     assert_eq!(scene.snapshots(), Vec::<String>::new());
     let end = Instant::now() + LIMIT;
@@ -290,7 +327,12 @@ fn what_is_not_lazy_is_pulled_and_says_why() {
         scene.view(|at| assert_same(&expected, &as_containerd_unpacks(at)));
         let greeting = ok(scene.containerd().ctr().args(["run", "--rm", "--snapshotter", "loris", &name, &greeter()]));
         assert_eq!(greeting.text(), image::GREETING, "{name}");
+        let explained = ok(&mut scene.explain(&name)).json();
+        assert_eq!(explained["is_lazy"], false, "{explained}");
+        let layer = &explained["layers"][number];
+        assert!(layer["fallback"].as_str().is_some_and(|reason| !reason.is_empty()), "{explained}");
         if number == 1 {
+            assert_eq!(explained["layers"][0]["is_lazy"], true, "{explained}");
             assert!(scene.daemon.said().contains("remote_snapshot_prepared=true"), "{}", scene.daemon.said());
         }
         ok(scene.containerd().ctr().args(["images", "rm", "--sync", &name]));
@@ -376,6 +418,47 @@ fn read_part(path: &Path, from: usize, length: usize) -> Vec<u8> {
     let mut part = vec![0; length];
     fs::File::open(path).unwrap().read_exact_at(&mut part, from as u64).unwrap();
     part
+}
+
+#[test]
+fn many_containers_of_one_image_fetch_each_byte_once() {
+    let test = "many_containers_of_one_image_fetch_each_byte_once";
+    const CONTAINERS: usize = 50;
+    let _alone = containers();
+    let Some(small) = image::small(test) else { return };
+    let Some(scene) = Scene::new(test, &["--complete=never"]) else { return };
+    let converted = convert(&scene.place, small, "converted", &[]);
+    let name = scene.push(&converted, "small:t");
+    let descriptors = |pid: Pid| fs::read_dir(format!("/proc/{}/fd", pid.as_raw_nonzero())).unwrap().count();
+    scene.pull(&name);
+    let before = descriptors(scene.daemon.process().unwrap());
+    std::thread::scope(|scope| {
+        for number in 0..CONTAINERS {
+            let (scene, name) = (&scene, &name);
+            scope.spawn(move || {
+                let id = format!("many-{number}-{}", std::process::id());
+                let mut run = scene.containerd().ctr();
+                let greeting = ok(run.args(["run", "--rm", "--snapshotter", "loris", name, &id]));
+                assert_eq!(greeting.text(), image::GREETING);
+            });
+        }
+    });
+    let layers = ok(&mut scene.explain(&name)).json();
+    for layer in layers["layers"].as_array().unwrap() {
+        let activity = &layer["activity"];
+        let of = |key: &str| activity[key].as_u64().unwrap();
+        let fetched = of("demand_bytes") + of("read_ahead_bytes") + of("prefetch_bytes") + of("completion_bytes");
+        assert!(fetched <= of("size"), "more was fetched than there is: {layer}");
+    }
+    // Neither mounts nor descriptors are left of them.
+    ok(scene.containerd().ctr().args(["images", "rm", "--sync", &name]));
+    assert_eq!(mounted_in(&scene.daemon.root), Vec::<PathBuf>::new());
+    let end = Instant::now() + LIMIT;
+    while descriptors(scene.daemon.process().unwrap()) > before + 8 {
+        assert!(Instant::now() < end, "descriptors are left open");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    scene.finish();
 }
 
 #[test]

@@ -39,6 +39,7 @@
 #![forbid(unsafe_code)]
 
 mod agreement;
+mod arriving;
 mod cache;
 mod content;
 mod digests;

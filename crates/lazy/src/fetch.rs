@@ -44,7 +44,21 @@ pub(crate) struct Refusal {
 
 /// The waiting end of a frame on its way.
 #[derive(Clone, Debug)]
-pub(crate) struct Flight(watch::Receiver<Option<Outcome>>);
+pub(crate) struct Flight {
+    outcome: watch::Receiver<Option<Outcome>>,
+    wish: Wish,
+}
+
+/// Whether somebody waits for a request that was planned for nobody.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wish(Arc<watch::Sender<bool>>);
+
+impl Wish {
+    async fn comes(&self) {
+        // The sender is here.
+        let _ = self.0.subscribe().wait_for(|is_wished| *is_wished).await;
+    }
+}
 
 /// The bringing end of a frame on its way.
 pub(crate) struct Ticket {
@@ -53,14 +67,20 @@ pub(crate) struct Ticket {
 }
 
 impl Flight {
-    pub(crate) fn new(frame: FrameId) -> (Ticket, Self) {
-        let (outcome, flight) = watch::channel(None);
-        (Ticket { frame, outcome }, Self(flight))
+    /// Makes a flight of a request, of which somebody may come to wait for some frame.
+    pub(crate) fn new(frame: FrameId, wish: &Wish) -> (Ticket, Self) {
+        let (sender, outcome) = watch::channel(None);
+        (Ticket { frame, outcome: sender }, Self { outcome, wish: wish.clone() })
+    }
+
+    /// Lets the request go out as one that somebody waits for, where it has not gone out yet.
+    pub(crate) fn hurry(&self) {
+        self.wish.0.send_replace(true);
     }
 
     /// Waits for the frame; `None` where whoever brings it has given up.
     pub(crate) async fn landing(mut self) -> Option<Outcome> {
-        self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
+        self.outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
     }
 }
 
@@ -72,11 +92,12 @@ pub(crate) struct Flights {
     layer: Arc<LazyLayer>,
     /// In the order of the blob.
     tickets: VecDeque<Ticket>,
+    wish: Wish,
 }
 
 impl Flights {
-    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>) -> Self {
-        Self { layer, tickets }
+    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>, wish: Wish) -> Self {
+        Self { layer, tickets, wish }
     }
 
     /// Brings all frames, which lie in `range`: out of other layers of the store, and, when their turn has come, from the
@@ -129,7 +150,7 @@ impl Flights {
         let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
         let part = |request: Request| {
             let tickets = self.tickets.drain(..request.frames.len()).collect();
-            (request.range, Self::new(Arc::clone(&self.layer), tickets))
+            (request.range, Self::new(Arc::clone(&self.layer), tickets, self.wish.clone()))
         };
         requests.into_iter().map(part).collect()
     }
@@ -142,7 +163,7 @@ impl Flights {
                 turn.resize(claim.bytes);
                 turn
             }
-            None => layer.schedule.turn(claim).await,
+            None => self.turn(claim).await,
         };
         let urgency = turn.urgency();
         let (whole, wholes) = mpsc::unbounded_channel();
@@ -168,6 +189,17 @@ impl Flights {
             && let Err(error) = layer.sync().await
         {
             tracing::warn!(%error, "what was fetched could not be made durable; it will be fetched again");
+        }
+    }
+
+    /// Waits for a turn: as one on demand once somebody waits for a frame.
+    async fn turn(&self, claim: Claim) -> Turn {
+        let schedule = &self.layer.schedule;
+        tokio::select! {
+            turn = schedule.turn(claim) => turn,
+            () = self.wish.comes(), if claim.urgency != Urgency::Demand => {
+                schedule.turn(Claim { urgency: Urgency::Demand, ..claim }).await
+            }
         }
     }
 

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use loris_format::position::DataOffset;
-use loris_lazy::{Completion, OpenOptions, Store, complete, complete_all, open::open_layer};
+use loris_lazy::{Completion, FetchPolicy, OpenOptions, Store, StoreOptions, complete, complete_all, open::open_layer};
 use loris_oci::{
     Reference,
     registry::{Client, Config},
@@ -69,6 +69,26 @@ async fn a_read_waits_for_its_frame_and_not_for_the_window_of_completion() {
     // The window is as large as the layer; nothing was asked for beside it.
     assert_eq!(case.source.take_requests().len(), 1);
     assert_eq!(layer.statistics().demand_bytes, 0);
+}
+
+#[tokio::test]
+async fn a_read_does_not_wait_for_the_turn_of_what_nobody_waits_for() {
+    let mut case = Case::new(files(9, 4096), Shape::default());
+    case.options.policy = FetchPolicy { read_ahead_bytes: 10_000, ..STRICT };
+    // One request ahead of readers at a time.
+    let options = StoreOptions { requests: 1, ..StoreOptions::default() };
+    let other = tempfile::tempdir().unwrap();
+    case.store = Store::open_with(other.path(), &options).unwrap();
+    let layer = case.open().await;
+    let members = case.blob.members.clone();
+    case.source.withhold_from(members[8].start);
+    case.check(&layer, 6).await.unwrap();
+    until("what is read ahead", || layer.statistics().requests >= 3).await;
+    // Its neighbours are to be fetched when their turn comes, which it does not.
+    case.check(&layer, 0).await.unwrap();
+    case.check(&layer, 1).await.unwrap();
+    assert!(case.source.take_requests().contains(&(members[2].start..members[3].end)));
+    case.source.withhold_from(u64::MAX);
 }
 
 #[tokio::test]

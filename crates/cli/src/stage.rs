@@ -1,7 +1,8 @@
-//! A stage for measuring: a registry of our own on loopback, and a link of given rate and delay in front of it.
+//! A stage for measuring: a registry of our own on loopback, and a link of given rate, delay and faults in front of it.
 
 use std::{
     fs,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -9,13 +10,17 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use loris_serve::{
-    link::{Link, LinkOptions},
+    link::{Cut, Link, LinkOptions},
     registry::Registry,
     server::{ServerHandle, ServerOptions},
 };
 use serde::Serialize;
 
-use crate::measure::{Measured, measure};
+use crate::{
+    amounts,
+    measure::{Measured, measure},
+    table,
+};
 
 /// Everything lives below one temporary folder, which goes with the stage whatever happens.
 pub(crate) struct Stage {
@@ -34,17 +39,48 @@ pub(crate) struct LinkArguments {
     /// The link's round trip, in milliseconds
     #[arg(long, default_value_t = 20, value_name = "MS", value_parser = clap::value_parser!(u64).range(0..=10_000))]
     round_trip: u64,
+    /// How much later bytes may arrive by chance, in milliseconds
+    #[arg(long, default_value_t = 0, value_name = "MS", value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    jitter: u64,
+    /// Most that one connection carries, in Mbit/s, as object stores limit it
+    #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    connection_rate: Option<u64>,
+    /// Reset each connection after it has carried so many bytes, such as `8M`
+    #[arg(long, value_name = "SIZE", value_parser = amounts::size)]
+    cut: Option<u64>,
+    /// Reset it at a random place instead, after `--cut` bytes on the average
+    #[arg(long, requires = "cut")]
+    cut_at_random: bool,
+    /// What chance begins with: the same number gives the same jitter and cuts
+    #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+    seed: u64,
 }
 
 impl LinkArguments {
     pub(crate) fn options(self) -> LinkOptions {
-        LinkOptions::symmetric(self.rate * 1_000_000, Duration::from_millis(self.round_trip) / 2)
+        LinkOptions {
+            jitter: Duration::from_millis(self.jitter),
+            connection_bits_per_second: self.connection_rate.and_then(|rate| NonZeroU64::new(rate * 1_000_000)),
+            cut: self.cut.map(|bytes| if self.cut_at_random { Cut::About(bytes) } else { Cut::After(bytes) }),
+            seed: self.seed,
+            ..LinkOptions::symmetric(self.rate * 1_000_000, Duration::from_millis(self.round_trip) / 2)
+        }
     }
 }
 
 impl std::fmt::Display for LinkArguments {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} Mbit/s and {} ms", self.rate, self.round_trip)
+        write!(f, "{} Mbit/s and {} ms", self.rate, self.round_trip)?;
+        if self.jitter > 0 {
+            write!(f, ", up to {} ms late", self.jitter)?;
+        }
+        if let Some(rate) = self.connection_rate {
+            write!(f, ", {rate} Mbit/s a connection")?;
+        }
+        if let Some(bytes) = self.cut {
+            write!(f, ", cut after {}{}", if self.cut_at_random { "about " } else { "" }, table::bytes(bytes))?;
+        }
+        Ok(())
     }
 }
 

@@ -57,6 +57,11 @@ pub(crate) struct LinkArguments {
 }
 
 impl LinkArguments {
+    /// Returns how long so many bytes take, with so many round trips before them.
+    pub(crate) fn seconds(self, bytes: u64, round_trips: u64) -> f64 {
+        bytes as f64 * 8e-6 / self.rate as f64 + (self.round_trip * round_trips) as f64 * 1e-3
+    }
+
     pub(crate) fn options(self) -> LinkOptions {
         LinkOptions {
             jitter: Duration::from_millis(self.jitter),
@@ -126,7 +131,12 @@ impl Stage {
 
     /// Runs a command with cold caches, and counts what it lets cross the link.
     pub(crate) fn run(&self, command: &mut Command) -> Result<Crossed> {
-        drop_caches(&self.folder.path().join("registry"));
+        self.run_beside(command, &self.folder.path().join("registry"))
+    }
+
+    /// Does what [`Stage::run`] does, with a folder in memory whose disk is not to be measured.
+    pub(crate) fn run_beside(&self, command: &mut Command, folder: &Path) -> Result<Crossed> {
+        drop_caches(folder);
         self.link.reset();
         let before = self.registry.statistics().requests;
         let measured = tokio::task::block_in_place(|| measure(command))?;
@@ -154,8 +164,8 @@ pub(crate) fn ourselves() -> Result<Command> {
     Ok(command)
 }
 
-/// What the page cache holds would make a second start faster than the first. The registry's blobs are read once
-/// afterwards: the link is to be measured, not the registry's disk.
+/// What the page cache holds would make a second start faster than the first. The registry's blobs, as a rule, are read
+/// once afterwards: the link is to be measured, not the registry's disk.
 fn drop_caches(registry: &Path) {
     rustix::fs::sync();
     // Only root may, and not in every container; without it a second start finds warm what the first has read.

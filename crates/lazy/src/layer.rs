@@ -29,6 +29,7 @@ use crate::{
     fetch::{Flight, Flights, Landed, Wish},
     plan::{FetchPolicy, fetched_range, plan, windows},
     proof::{Verdict, is_another, other_diff_id, prove},
+    recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
     sequence::Sequences,
 };
@@ -58,6 +59,8 @@ pub struct LazyLayer {
     pub(crate) limits: Limits,
     pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
     pub(crate) sequences: Mutex<Sequences>,
+    /// Who takes note of what is read, and the layer's number for it.
+    pub(crate) recorder: OnceLock<(usize, Arc<Recorder>)>,
     /// The DiffID that the image's configuration has for the layer, where that was read.
     pub(crate) claimed: OnceLock<DiffId>,
     pub(crate) verdict: watch::Sender<Option<Verdict>>,
@@ -338,6 +341,9 @@ impl LazyLayer {
     /// Takes note that somebody reads a range of the data file, also where it is there already: where readers go on in
     /// sequence, what lies ahead of them is fetched, on `runtime`. [`LazyLayer::ensure`] does it by itself.
     pub fn touched(self: &Arc<Self>, range: &DataRange, runtime: &Handle) {
+        if let Some((number, recorder)) = self.recorder.get() {
+            recorder.note(*number, self.index.extents_in(range));
+        }
         if self.policy.sequential_bytes == 0 || self.is_whole() {
             return;
         }

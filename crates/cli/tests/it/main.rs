@@ -21,5 +21,6 @@ mod offline;
 mod ours_to_peers;
 mod peers_to_ours;
 mod podman;
+mod prefetch;
 mod rootfs;
 mod stopped;

@@ -98,7 +98,7 @@ impl Selection {
 }
 
 /// The one platform of an image that a verb is about.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct OnePlatform {
     /// The platform, such as `linux/arm64`; this machine's where it is not given
     #[arg(long, value_name = "PLATFORM")]

@@ -24,8 +24,10 @@ use crate::{
     table::{bytes, table},
 };
 
+mod ideal;
 mod mount;
 
+use ideal::{Ideal, Needed};
 use mount::{MountBench, WithinArguments};
 
 /// Measure: lazy against full pull, and conversion against the tools of today.
@@ -71,6 +73,12 @@ struct RunBench {
     /// Runs of each
     #[arg(long, default_value_t = 3, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
+    /// Start it also with a list to prefetch: what a run before, which is not measured, has read
+    #[arg(long, conflicts_with = "prefetch_list")]
+    prefetch_recorded: bool,
+    /// Leave out the full pull, which takes long over a slow link
+    #[arg(long)]
+    no_full_pull: bool,
     #[command(flatten)]
     engine: EngineArgument,
     #[command(flatten)]
@@ -109,30 +117,55 @@ impl RunBench {
     async fn run(self, global: &Global) -> failure::Result {
         let stage = Stage::set(self.link.options())?;
         let image_bytes = put(global, &self.image, &stage.direct(REPOSITORY)).await?;
-        let mut full = Vec::new();
-        let mut lazy = Vec::new();
+        let list = stage.folder().join("list");
+        let recording =
+            [self.engine.arguments(), vec!["--complete=never".into(), format!("--record={}", list.display())]];
+        self.start(&stage, "recorded", &recording.concat()).context("finding out what is read")?;
+        let needed = Needed::of(global, &stage.direct(REPOSITORY), &list, &stage.folder().join("needed")).await?;
+        let (mut full, mut lazy, mut listed, mut warm) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let lazily = [self.engine.arguments(), self.ahead.arguments()].concat();
+        let by_list = [lazily.clone(), vec![format!("--prefetch-list={}", list.display())]].concat();
         for turn in 0..self.runs {
-            // Each has an empty cache of its own; in turn, so that a machine that slows down slows both.
-            full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy".to_owned()]).context("full pull")?);
+            // Each has an empty cache of its own; in turn, so that a machine that slows down slows all.
+            if !self.no_full_pull {
+                full.push(self.start(&stage, &format!("full{turn}"), &["--no-lazy".to_owned()]).context("full pull")?);
+            }
             lazy.push(self.start(&stage, &format!("lazy{turn}"), &lazily).context("lazy start")?);
+            if self.prefetch_recorded {
+                listed.push(self.start(&stage, &format!("listed{turn}"), &by_list).context("start with a list")?);
+            }
+            warm.push(self.start_warm(&stage, "recorded").context("start with everything here")?);
         }
         stage.clear().await?;
         let report = RunReport {
             image_bytes,
             link: self.link.to_string(),
-            full_pull: Medians::of(&full),
+            full_pull: (!full.is_empty()).then(|| Medians::of(&full)),
             lazy: Medians::of(&lazy),
+            listed: (!listed.is_empty()).then(|| Medians::of(&listed)),
+            warm: Medians::of(&warm),
+            ideal: Ideal::of(needed, self.link, &warm, &lazy, &listed),
         };
         report.print(global)?;
         Ok(Outcome::Done)
     }
 
     fn start(&self, stage: &Stage, cache: &str, flags: &[String]) -> Result<Crossed> {
+        stage.run(&mut self.command(&stage.folder().join(cache), flags, &stage.linked(REPOSITORY))?)
+    }
+
+    /// Starts the program with what an earlier run has left in the cache, without the link.
+    fn start_warm(&self, stage: &Stage, cache: &str) -> Result<Crossed> {
+        let cache = stage.folder().join(cache);
+        let flags = [self.engine.arguments(), vec!["--complete=never".to_owned()]].concat();
+        stage.run_beside(&mut self.command(&cache, &flags, &stage.direct(REPOSITORY))?, &cache)
+    }
+
+    fn command(&self, cache: &Path, flags: &[String], image: &str) -> Result<Command> {
         let mut command = ourselves()?;
-        command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(stage.folder().join(cache));
-        command.args(flags).arg(stage.linked(REPOSITORY)).args(&self.command);
-        stage.run(&mut command)
+        command.args(["run", "--rm", "--net", "none", "--plain-http", "--cache-dir"]).arg(cache);
+        command.args(flags).arg(image).args(&self.command);
+        Ok(command)
     }
 }
 
@@ -140,8 +173,14 @@ impl RunBench {
 struct RunReport {
     image_bytes: u64,
     link: String,
-    full_pull: Medians,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    full_pull: Option<Medians>,
     lazy: Medians,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    listed: Option<Medians>,
+    /// Everything is here, and the registry is asked without the link.
+    warm: Medians,
+    ideal: Ideal,
 }
 
 /// Medians over the runs.
@@ -191,14 +230,23 @@ impl RunReport {
             return Ok(());
         }
         let head = ["", ">first output", ">end", ">fetched", ">requests", ">memory"].map(str::to_owned).to_vec();
-        print!("{}", table(&[head, self.full_pull.row("full pull"), self.lazy.row("lazy")]));
-        println!(
-            "image of {} over {}: lazily {:.2} of the time and {:.3} of the bytes of a full pull",
-            bytes(self.image_bytes),
-            self.link,
-            self.lazy.first_output_seconds / self.full_pull.first_output_seconds,
-            self.lazy.bytes / self.full_pull.bytes
-        );
+        let rows = [
+            Some(head),
+            self.full_pull.as_ref().map(|full| full.row("full pull")),
+            Some(self.lazy.row("lazy")),
+            self.listed.as_ref().map(|listed| listed.row("lazy with a list")),
+            Some(self.warm.row("everything here")),
+        ];
+        print!("{}", table(&rows.into_iter().flatten().collect::<Vec<_>>()));
+        println!("image of {} over {}", bytes(self.image_bytes), self.link);
+        if let Some(full) = &self.full_pull {
+            println!(
+                "lazily {:.2} of the time and {:.3} of the bytes of a full pull",
+                self.lazy.first_output_seconds / full.first_output_seconds,
+                self.lazy.bytes / full.bytes
+            );
+        }
+        self.ideal.print();
         Ok(())
     }
 }

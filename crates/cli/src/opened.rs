@@ -4,6 +4,7 @@ use std::{
     fs::File,
     io::Read as _,
     num::NonZeroU64,
+    ops::Range,
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -29,7 +30,7 @@ use crate::{
 };
 
 /// How an image is opened lazily.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct OpenLazily {
     /// Serve layers whose content no digest in the manifest vouches for
     #[arg(long)]
@@ -39,7 +40,7 @@ pub(crate) struct OpenLazily {
 }
 
 /// Where the store is.
-#[derive(Args, Clone, Debug)]
+#[derive(Args, Clone, Debug, Default)]
 pub(crate) struct StorePlace {
     /// Where content that was read is kept
     #[arg(long, env = "LORIS_CACHE_DIR", value_name = "DIR")]
@@ -66,7 +67,8 @@ impl StorePlace {
 pub(crate) struct FetchAhead {
     #[command(flatten)]
     completing: Completing,
-    /// Fetch these files first, in this order: a path a line, as recorded; what the image has not is passed over
+    /// Fetch these files first, in this order: a path a line, as recorded; behind a tab perhaps START-END, the bytes of it
+    /// that are needed. What the image has not is passed over
     #[arg(long, value_name = "FILE")]
     prefetch_list: Option<PathBuf>,
 }
@@ -145,18 +147,33 @@ impl FetchAhead {
 const MOST_LIST_BYTES: u64 = 64 << 20;
 
 /// Finds the files of a list in an image.
-fn listed(list: &Path, layers: &[Arc<LazyLayer>]) -> anyhow::Result<Vec<(Arc<LazyLayer>, DataRange)>> {
+pub(crate) fn listed(list: &Path, layers: &[Arc<LazyLayer>]) -> anyhow::Result<Vec<(Arc<LazyLayer>, DataRange)>> {
     let mut text = Vec::new();
     File::open(list)?.take(MOST_LIST_BYTES + 1).read_to_end(&mut text)?;
     anyhow::ensure!(text.len() as u64 <= MOST_LIST_BYTES, "it is longer than {MOST_LIST_BYTES} bytes");
     let tree = Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>());
-    let file = |path: &[u8]| match tree.inode(tree.resolve(path).ok()?)?.kind {
-        InodeKind::Regular { layer, size, data, .. } if size > 0 => {
-            Some((Arc::clone(layers.get(layer.0 as usize)?), data..DataOffset(data.0 + size)))
+    let file = |line: &[u8]| {
+        let (path, bytes) = with_bytes(line);
+        match tree.inode(tree.resolve(path).ok()?)?.kind {
+            InodeKind::Regular { layer, size, data, .. } => {
+                let (start, end) = (bytes.start.min(size), bytes.end.min(size));
+                let layer = layers.get(layer.0 as usize)?;
+                (start < end).then(|| (Arc::clone(layer), DataOffset(data.0 + start)..DataOffset(data.0 + end)))
+            }
+            _ => None,
         }
-        _ => None,
     };
     Ok(text.split(|&byte| byte == b'\n').filter(|line| !line.is_empty()).filter_map(file).collect())
+}
+
+/// Reads a line of a list: a path, and which bytes of the file are needed.
+fn with_bytes(line: &[u8]) -> (&[u8], Range<u64>) {
+    let split = || {
+        let tab = line.iter().rposition(|&byte| byte == b'\t')?;
+        let (start, end) = std::str::from_utf8(&line[tab + 1..]).ok()?.split_once('-')?;
+        Some((&line[..tab], start.parse().ok()?..end.parse().ok()?))
+    };
+    split().unwrap_or((line, 0..u64::MAX))
 }
 
 impl OpenLazily {
@@ -265,5 +282,19 @@ impl Opened {
     /// Returns the layers, the lowest first.
     pub(crate) fn layers(&self) -> &[Arc<LazyLayer>] {
         &self.image.layers
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_of_a_list() {
+        assert_eq!(with_bytes(b"/etc/passwd"), (&b"/etc/passwd"[..], 0..u64::MAX));
+        assert_eq!(with_bytes(b"/a b\t5-70"), (&b"/a b"[..], 5..70));
+        for odd in [&b"/a\tb"[..], b"/a\t5", b"/a\t-5", b"/a\t5-", b"/a\t5-99999999999999999999999"] {
+            assert_eq!(with_bytes(odd), (odd, 0..u64::MAX));
+        }
     }
 }

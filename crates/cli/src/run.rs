@@ -14,7 +14,7 @@ use loris_container::{
     runtime::{NOT_STARTED, Runner, Runtime, Streams, forwarded_signals},
     spec::{Container, Network, Volume, Wishes},
 };
-use loris_lazy::{FetchPolicy, Store};
+use loris_lazy::{FetchPolicy, LazyLayer, Recorder, Store};
 use loris_mount::rootfs::{self, RootFs, RootFsOptions};
 use loris_oci::document::ProcessConfig;
 
@@ -91,6 +91,9 @@ pub(crate) struct RunArguments {
     open: OpenLazily,
     #[command(flatten)]
     ahead: FetchAhead,
+    /// Write down what is read, as `--prefetch-list` takes it, and how many reads waited
+    #[arg(long, hide = true, value_name = "FILE")]
+    record: Option<PathBuf>,
 }
 
 /// What network a container has.
@@ -111,8 +114,14 @@ pub(crate) struct RuntimeArguments {
 
 /// What a container's root file system is made of; taken down when it is dropped.
 enum Root {
-    Lazy(RootFs, Opened),
+    Lazy(RootFs, Opened, Option<Recording>),
     Full(full::Unpacked),
+}
+
+/// What is read, and where it is to be written down.
+struct Recording {
+    file: PathBuf,
+    recorder: Arc<Recorder>,
 }
 
 impl RunArguments {
@@ -190,9 +199,10 @@ impl RunArguments {
         let handle = tokio::runtime::Handle::current();
         let root =
             RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
+        let recording = self.record.clone().map(|file| Recording { file, recorder: Recorder::begin(opened.layers()) });
         self.ahead.begin(opened.layers());
         activity::tell(store, "run", &self.image, None, opened.layers());
-        Ok(Root::Lazy(root, opened))
+        Ok(Root::Lazy(root, opened, recording))
     }
 
     fn find_runtime(&self) -> anyhow::Result<Runtime> {
@@ -238,15 +248,18 @@ impl RunArguments {
 impl Root {
     fn path(&self) -> &Path {
         match self {
-            Self::Lazy(root, _) => root.path(),
+            Self::Lazy(root, ..) => root.path(),
             Self::Full(unpacked) => unpacked.path(),
         }
     }
 
     async fn take_down(self) -> anyhow::Result<()> {
         match self {
-            Self::Lazy(root, opened) => {
+            Self::Lazy(root, opened, recording) => {
                 root.unmount().context("unmounting the root file system")?;
+                if let Some(recording) = recording {
+                    recording.write(opened.layers())?;
+                }
                 for layer in opened.layers() {
                     layer.sync().await.context("keeping what was fetched")?;
                 }
@@ -254,6 +267,15 @@ impl Root {
             }
             Self::Full(unpacked) => unpacked.take_down(),
         }
+    }
+}
+
+impl Recording {
+    fn write(&self, layers: &[Arc<LazyLayer>]) -> anyhow::Result<()> {
+        let waits: u64 = layers.iter().map(|layer| layer.statistics().waits).sum();
+        let mut text = format!("# {waits} reads waited\n").into_bytes();
+        text.extend(self.recorder.list(layers));
+        std::fs::write(&self.file, text).with_context(|| format!("writing {}", self.file.display()))
     }
 }
 

@@ -1,7 +1,8 @@
-//! A stage for measuring: a registry of our own on loopback, and a link of given rate and delay in front of it.
+//! A stage for measuring: a registry of our own on loopback, and a link of given rate, delay and faults in front of it.
 
 use std::{
     fs,
+    num::NonZeroU64,
     path::{Path, PathBuf},
     process::Command,
     time::Duration,
@@ -9,13 +10,17 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use loris_serve::{
-    link::{Link, LinkOptions},
+    link::{Cut, Link, LinkOptions},
     registry::Registry,
     server::{ServerHandle, ServerOptions},
 };
 use serde::Serialize;
 
-use crate::measure::{Measured, measure};
+use crate::{
+    amounts,
+    measure::{Measured, measure},
+    table,
+};
 
 /// Everything lives below one temporary folder, which goes with the stage whatever happens.
 pub(crate) struct Stage {
@@ -34,17 +39,53 @@ pub(crate) struct LinkArguments {
     /// The link's round trip, in milliseconds
     #[arg(long, default_value_t = 20, value_name = "MS", value_parser = clap::value_parser!(u64).range(0..=10_000))]
     round_trip: u64,
+    /// How much later bytes may arrive by chance, in milliseconds
+    #[arg(long, default_value_t = 0, value_name = "MS", value_parser = clap::value_parser!(u64).range(0..=10_000))]
+    jitter: u64,
+    /// Most that one connection carries, in Mbit/s, as object stores limit it
+    #[arg(long, value_name = "MBIT", value_parser = clap::value_parser!(u64).range(1..=100_000))]
+    connection_rate: Option<u64>,
+    /// Reset each connection after it has carried so many bytes, such as `8M`
+    #[arg(long, value_name = "SIZE", value_parser = amounts::size)]
+    cut: Option<u64>,
+    /// Reset it at a random place instead, after `--cut` bytes on the average
+    #[arg(long, requires = "cut")]
+    cut_at_random: bool,
+    /// What chance begins with: the same number gives the same jitter and cuts
+    #[arg(long, default_value_t = 0, value_name = "NUMBER")]
+    seed: u64,
 }
 
 impl LinkArguments {
+    /// Returns how long so many bytes take, with so many round trips before them.
+    pub(crate) fn seconds(self, bytes: u64, round_trips: u64) -> f64 {
+        bytes as f64 * 8e-6 / self.rate as f64 + (self.round_trip * round_trips) as f64 * 1e-3
+    }
+
     pub(crate) fn options(self) -> LinkOptions {
-        LinkOptions::symmetric(self.rate * 1_000_000, Duration::from_millis(self.round_trip) / 2)
+        LinkOptions {
+            jitter: Duration::from_millis(self.jitter),
+            connection_bits_per_second: self.connection_rate.and_then(|rate| NonZeroU64::new(rate * 1_000_000)),
+            cut: self.cut.map(|bytes| if self.cut_at_random { Cut::About(bytes) } else { Cut::After(bytes) }),
+            seed: self.seed,
+            ..LinkOptions::symmetric(self.rate * 1_000_000, Duration::from_millis(self.round_trip) / 2)
+        }
     }
 }
 
 impl std::fmt::Display for LinkArguments {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} Mbit/s and {} ms", self.rate, self.round_trip)
+        write!(f, "{} Mbit/s and {} ms", self.rate, self.round_trip)?;
+        if self.jitter > 0 {
+            write!(f, ", up to {} ms late", self.jitter)?;
+        }
+        if let Some(rate) = self.connection_rate {
+            write!(f, ", {rate} Mbit/s a connection")?;
+        }
+        if let Some(bytes) = self.cut {
+            write!(f, ", cut after {}{}", if self.cut_at_random { "about " } else { "" }, table::bytes(bytes))?;
+        }
+        Ok(())
     }
 }
 
@@ -90,7 +131,12 @@ impl Stage {
 
     /// Runs a command with cold caches, and counts what it lets cross the link.
     pub(crate) fn run(&self, command: &mut Command) -> Result<Crossed> {
-        drop_caches(&self.folder.path().join("registry"));
+        self.run_beside(command, &self.folder.path().join("registry"))
+    }
+
+    /// Does what [`Stage::run`] does, with a folder in memory whose disk is not to be measured.
+    pub(crate) fn run_beside(&self, command: &mut Command, folder: &Path) -> Result<Crossed> {
+        drop_caches(folder);
         self.link.reset();
         let before = self.registry.statistics().requests;
         let measured = tokio::task::block_in_place(|| measure(command))?;
@@ -118,8 +164,8 @@ pub(crate) fn ourselves() -> Result<Command> {
     Ok(command)
 }
 
-/// What the page cache holds would make a second start faster than the first. The registry's blobs are read once
-/// afterwards: the link is to be measured, not the registry's disk.
+/// What the page cache holds would make a second start faster than the first. The registry's blobs, as a rule, are read
+/// once afterwards: the link is to be measured, not the registry's disk.
 fn drop_caches(registry: &Path) {
     rustix::fs::sync();
     // Only root may, and not in every container; without it a second start finds warm what the first has read.

@@ -128,6 +128,15 @@ impl ImageSource for Remembering {
         self.source.blob_range(descriptor, range).await
     }
 
+    async fn blob_range_pieces(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Error> {
+        self.source.blob_range_pieces(descriptor, range, take).await
+    }
+
     async fn referrers(&self, digest: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, Error> {
         self.source.referrers(digest, artifact_type).await
     }

@@ -1,4 +1,5 @@
-//! One request's way: fetch, decode, verify, write, publish.
+//! One request's way: fetch, decode, verify, write, publish. Each frame goes it as soon as its bytes are here, while the
+//! rest of the request still arrives: who waits for a frame waits for no other.
 //!
 //! A *flight* is a frame on its way. Each frame has at most one; whoever wants the frame waits for it. The task that
 //! brings it holds the *ticket*, and belongs to the layer: it ends whether or not someone still waits.
@@ -14,14 +15,15 @@ use loris_format::{
     index::{Frame, FrameId},
     position::BlobRange,
 };
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::{
+    arriving::Arriving,
     error::{EnsureError, path_of},
     layer::{Counters, LazyLayer},
     plan::{FetchPolicy, Request, fetched_range, plan},
     rest::{self, Records},
-    schedule::{Claim, Turn},
+    schedule::{Claim, Turn, Urgency},
 };
 
 /// What became of a frame.
@@ -42,7 +44,21 @@ pub(crate) struct Refusal {
 
 /// The waiting end of a frame on its way.
 #[derive(Clone, Debug)]
-pub(crate) struct Flight(watch::Receiver<Option<Outcome>>);
+pub(crate) struct Flight {
+    outcome: watch::Receiver<Option<Outcome>>,
+    wish: Wish,
+}
+
+/// Whether somebody waits for a request that was planned for nobody.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Wish(Arc<watch::Sender<bool>>);
+
+impl Wish {
+    async fn comes(&self) {
+        // The sender is here.
+        let _ = self.0.subscribe().wait_for(|is_wished| *is_wished).await;
+    }
+}
 
 /// The bringing end of a frame on its way.
 pub(crate) struct Ticket {
@@ -51,27 +67,37 @@ pub(crate) struct Ticket {
 }
 
 impl Flight {
-    pub(crate) fn new(frame: FrameId) -> (Ticket, Self) {
-        let (outcome, flight) = watch::channel(None);
-        (Ticket { frame, outcome }, Self(flight))
+    /// Makes a flight of a request, of which somebody may come to wait for some frame.
+    pub(crate) fn new(frame: FrameId, wish: &Wish) -> (Ticket, Self) {
+        let (sender, outcome) = watch::channel(None);
+        (Ticket { frame, outcome: sender }, Self { outcome, wish: wish.clone() })
+    }
+
+    /// Lets the request go out as one that somebody waits for, where it has not gone out yet.
+    pub(crate) fn hurry(&self) {
+        self.wish.0.send_replace(true);
     }
 
     /// Waits for the frame; `None` where whoever brings it has given up.
     pub(crate) async fn landing(mut self) -> Option<Outcome> {
-        self.0.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
+        self.outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
     }
 }
+
+/// A frame and the bytes that were fetched of it.
+type Whole = (FrameId, Bytes);
 
 /// The frames of one request. Dropped at whatever point, it leaves no flight behind that nobody brings.
 pub(crate) struct Flights {
     layer: Arc<LazyLayer>,
     /// In the order of the blob.
     tickets: VecDeque<Ticket>,
+    wish: Wish,
 }
 
 impl Flights {
-    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>) -> Self {
-        Self { layer, tickets }
+    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>, wish: Wish) -> Self {
+        Self { layer, tickets, wish }
     }
 
     /// Brings all frames, which lie in `range`: out of other layers of the store, and, when their turn has come, from the
@@ -124,35 +150,35 @@ impl Flights {
         let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
         let part = |request: Request| {
             let tickets = self.tickets.drain(..request.frames.len()).collect();
-            (request.range, Self::new(Arc::clone(&self.layer), tickets))
+            (request.range, Self::new(Arc::clone(&self.layer), tickets, self.wish.clone()))
         };
         requests.into_iter().map(part).collect()
     }
 
     /// Fetches all frames, which lie in `range`, when their turn has come.
-    async fn bring(mut self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
+    async fn bring(self, range: BlobRange, claim: Claim, turn: Option<Turn>) {
         let layer = Arc::clone(&self.layer);
         let mut turn = match turn {
             Some(mut turn) => {
                 turn.resize(claim.bytes);
                 turn
             }
-            None => layer.schedule.turn(claim).await,
+            None => self.turn(claim).await,
         };
-        let fetched = layer.fetch(range).await;
-        turn.landed();
-        match fetched {
-            Ok(bytes) => {
-                Counters::add(&layer.counters.by_urgency[turn.urgency() as usize], bytes.len() as u64);
-                let decoding = layer.schedule.decoder(turn.urgency()).await;
-                let landing = tokio::task::spawn_blocking(move || {
-                    self.land(range, &bytes);
-                    drop(decoding);
-                });
-                // It fails where decoding panics or the runtime ends; the waiters were told by `drop`.
-                let _ = landing.await;
-            }
-            Err(error) => self.fail(&error),
+        let urgency = turn.urgency();
+        let (whole, wholes) = mpsc::unbounded_channel();
+        let frames = self.frames();
+        // What arrives while others are decoded waits for its turn: it is claimed as a whole, and never more than that.
+        let fetching = async {
+            let fetched = layer.fetch_frames(range, &frames, urgency, whole).await;
+            turn.landed();
+            fetched
+        };
+        let (fetched, landed) = tokio::join!(fetching, self.land_all(wholes, urgency));
+        match (fetched, landed) {
+            (Err(error), Some(mut flights)) => flights.fail(&error),
+            // Where decoding panics or the runtime ends, the waiters were told by `drop`.
+            (_, None) | (Ok(()), Some(_)) => {}
         }
         drop(turn);
         layer.prove_when_whole();
@@ -166,23 +192,57 @@ impl Flights {
         }
     }
 
-    fn land(&mut self, range: BlobRange, bytes: &Bytes) {
-        let _landing = Landing::begin(&self.layer);
-        let mut decoder = FrameDecoder::new();
-        let mut rest = self.layer.verdict().is_none().then(Records::new);
-        while let Some(ticket) = self.tickets.front() {
-            let outcome = self.layer.land(&mut decoder, ticket.frame, range, bytes, rest.as_mut());
-            if let Err(error) = &outcome {
-                Counters::add(&self.layer.counters.errors, 1);
-                tracing::error!(%error, "fetched and not kept");
+    /// Waits for a turn: as one on demand once somebody waits for a frame.
+    async fn turn(&self, claim: Claim) -> Turn {
+        let schedule = &self.layer.schedule;
+        tokio::select! {
+            turn = schedule.turn(claim) => turn,
+            () = self.wish.comes(), if claim.urgency != Urgency::Demand => {
+                schedule.turn(Claim { urgency: Urgency::Demand, ..claim }).await
             }
-            self.arrive(outcome);
         }
-        if let Some(rest) = rest
-            && let Err(error) = rest.write(self.layer.directory())
-        {
-            tracing::debug!(%error, "what the proof of a layer needs will be fetched again");
+    }
+
+    /// Lands frames as they become whole, those that have become so meanwhile together, on a thread that may block. Returns
+    /// those that have not, or `None` where decoding panics or the runtime ends.
+    async fn land_all(self, mut wholes: mpsc::UnboundedReceiver<Whole>, urgency: Urgency) -> Option<Self> {
+        let layer = Arc::clone(&self.layer);
+        let _landing = Landing::begin(&layer);
+        let rest = layer.verdict().is_none().then(Records::new);
+        let (mut flights, mut tools) = (self, Tools { decoder: None, rest });
+        while let Some(first) = wholes.recv().await {
+            let mut batch = vec![first];
+            while let Ok(next) = wholes.try_recv() {
+                batch.push(next);
+            }
+            let place = layer.schedule.decoder(urgency).await;
+            let landing = tokio::task::spawn_blocking(move || {
+                for whole in batch {
+                    flights.land(&mut tools, whole);
+                }
+                if flights.tickets.is_empty() {
+                    tools.put_away(&flights.layer);
+                }
+                drop(place);
+                (flights, tools)
+            });
+            (flights, tools) = landing.await.ok()?;
         }
+        if !flights.tickets.is_empty() {
+            // The request has failed, and some of it is here.
+            tokio::task::spawn_blocking(move || tools.put_away(&layer)).await.ok()?;
+        }
+        Some(flights)
+    }
+
+    fn land(&mut self, tools: &mut Tools, (frame, compressed): Whole) {
+        let decoder = tools.decoder.get_or_insert_with(FrameDecoder::new);
+        let outcome = self.layer.land(decoder, frame, &compressed, tools.rest.as_mut());
+        if let Err(error) = &outcome {
+            Counters::add(&self.layer.counters.errors, 1);
+            tracing::error!(%error, "fetched and not kept");
+        }
+        self.arrive(outcome);
     }
 
     fn fail(&mut self, error: &EnsureError) {
@@ -202,7 +262,25 @@ impl Flights {
     }
 }
 
-/// A request that is being decoded.
+/// What a request's frames are landed with, one after the other.
+struct Tools {
+    decoder: Option<FrameDecoder>,
+    /// Where the layer is still to be proven.
+    rest: Option<Records>,
+}
+
+impl Tools {
+    /// Writes what the proof needs. Blocks.
+    fn put_away(&mut self, layer: &LazyLayer) {
+        if let Some(rest) = self.rest.take()
+            && let Err(error) = rest.write(layer.directory())
+        {
+            tracing::debug!(%error, "what the proof of a layer needs will be fetched again");
+        }
+    }
+}
+
+/// A request whose frames are landing.
 struct Landing(Arc<LazyLayer>);
 
 impl Landing {
@@ -243,25 +321,36 @@ impl LazyLayer {
         Ok(bytes)
     }
 
-    /// Decodes a frame out of the bytes of a request, and publishes what is right of it. Blocks.
-    fn land(
+    /// Fetches a range, and hands over the frames in it as they become whole. After a failure, those that were handed over
+    /// are as good as ever.
+    async fn fetch_frames(
         &self,
-        decoder: &mut FrameDecoder,
-        id: FrameId,
-        request: BlobRange,
-        bytes: &[u8],
-        rest: Option<&mut Records>,
-    ) -> Outcome {
+        range: BlobRange,
+        frames: &[FrameId],
+        urgency: Urgency,
+        whole: mpsc::UnboundedSender<Whole>,
+    ) -> Result<(), EnsureError> {
+        Counters::add(&self.counters.requests, 1);
+        let place = |&frame: &FrameId| (frame, fetched_range(&self.index.frames()[frame.0 as usize]));
+        let mut arriving = Arriving::new(range, frames.iter().map(place));
+        let mut take = |piece: Bytes| {
+            Counters::add(&self.counters.fetched_bytes, piece.len() as u64);
+            Counters::add(&self.counters.by_urgency[urgency as usize], piece.len() as u64);
+            // Nobody takes them where decoding has panicked.
+            arriving.take(piece, |frame, bytes| drop(whole.send((frame, bytes))));
+        };
+        let fetched = self.source.blob_range_pieces(&self.descriptor, range.start.0..range.end().0, &mut take).await;
+        fetched.map_err(|source| EnsureError::Fetch { layer: self.digest, range, source: Arc::new(source) })?;
+        match arriving.came() {
+            came if came == range.length => Ok(()),
+            found => Err(EnsureError::WrongLength { layer: self.digest, range, found }),
+        }
+    }
+
+    /// Decodes a frame, and publishes what is right of it. Blocks.
+    fn land(&self, decoder: &mut FrameDecoder, id: FrameId, compressed: &[u8], rest: Option<&mut Records>) -> Outcome {
         let frame = &self.index.frames()[id.0 as usize];
         let range = fetched_range(frame);
-        let inside = usize::try_from(range.start.0 - request.start.0).ok().and_then(|start| {
-            let length = usize::try_from(range.length).ok()?;
-            bytes.get(start..start.checked_add(length)?)
-        });
-        let Some(compressed) = inside else {
-            // The plan puts frames into requests that hold them.
-            return Err(EnsureError::WrongLength { layer: self.digest, range, found: bytes.len() as u64 });
-        };
         let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
         let all = rest
             .as_ref()

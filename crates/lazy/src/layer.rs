@@ -26,9 +26,10 @@ use tokio::{runtime::Handle, sync::watch};
 use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
-    fetch::{Flight, Flights, Landed},
+    fetch::{Flight, Flights, Landed, Wish},
     plan::{FetchPolicy, fetched_range, plan, windows},
     proof::{Verdict, is_another, other_diff_id, prove},
+    recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
     sequence::Sequences,
 };
@@ -58,6 +59,8 @@ pub struct LazyLayer {
     pub(crate) limits: Limits,
     pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
     pub(crate) sequences: Mutex<Sequences>,
+    /// Who takes note of what is read, and the layer's number for it.
+    pub(crate) recorder: OnceLock<(usize, Arc<Recorder>)>,
     /// The DiffID that the image's configuration has for the layer, where that was read.
     pub(crate) claimed: OnceLock<DiffId>,
     pub(crate) verdict: watch::Sender<Option<Verdict>>,
@@ -338,6 +341,9 @@ impl LazyLayer {
     /// Takes note that somebody reads a range of the data file, also where it is there already: where readers go on in
     /// sequence, what lies ahead of them is fetched, on `runtime`. [`LazyLayer::ensure`] does it by itself.
     pub fn touched(self: &Arc<Self>, range: &DataRange, runtime: &Handle) {
+        if let Some((number, recorder)) = self.recorder.get() {
+            recorder.note(*number, self.index.extents_in(range));
+        }
         if self.policy.sequential_bytes == 0 || self.is_whole() {
             return;
         }
@@ -626,11 +632,15 @@ impl LazyLayer {
     fn send(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy, admission: Admission) -> VecDeque<Flight> {
         let mut awaited = VecDeque::new();
         let mut requests = Vec::new();
+        let is_demand = matches!(admission, Admission::Demanded);
         {
             let mut flights = self.flights();
             let mut wanted = Vec::new();
             for &frame in frames {
                 if let Some(flight) = flights.get(&frame) {
+                    if is_demand {
+                        flight.hurry();
+                    }
                     awaited.push_back(flight.clone());
                 } else if !self.has_frame(frame) {
                     // Whoever lands a frame publishes it before it gives up its place, so that it can't be missed.
@@ -642,8 +652,9 @@ impl LazyLayer {
             for request in plan(self.index.frames(), &wanted, fetchable, policy) {
                 let mut tickets = VecDeque::with_capacity(request.frames.len());
                 let mut is_wanted = false;
+                let wish = Wish::default();
                 for &frame in &request.frames {
-                    let (ticket, flight) = Flight::new(frame);
+                    let (ticket, flight) = Flight::new(frame, &wish);
                     if wanted.binary_search(&frame).is_ok() {
                         awaited.push_back(flight.clone());
                         is_wanted = true;
@@ -651,16 +662,15 @@ impl LazyLayer {
                     flights.insert(frame, flight);
                     tickets.push_back(ticket);
                 }
-                requests.push((request, tickets, is_wanted));
+                requests.push((request, Flights::new(Arc::clone(self), tickets, wish), is_wanted));
             }
         }
         let (urgency, mut turn) = match admission {
             Admission::Demanded => (Urgency::Demand, None),
             Admission::Granted(turn) => (turn.urgency(), Some(turn)),
         };
-        for (request, tickets, is_wanted) in requests {
+        for (request, flights, is_wanted) in requests {
             let claim = self.claim(&request.frames, if is_wanted { urgency } else { Urgency::ReadAhead });
-            let flights = Flights::new(Arc::clone(self), tickets);
             tokio::spawn(flights.run(request.range, claim, turn.take()));
         }
         awaited

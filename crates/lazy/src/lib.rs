@@ -11,6 +11,7 @@
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`mod@complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`recorded`]: what a workload reads, for a list to prefetch.
 //! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
 //! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
 //!   pure, so that the policy can be replaced without touching anything else.
@@ -39,6 +40,7 @@
 #![forbid(unsafe_code)]
 
 mod agreement;
+mod arriving;
 mod cache;
 mod content;
 mod digests;
@@ -58,6 +60,7 @@ pub mod layer;
 pub mod open;
 pub mod plan;
 pub mod proof;
+pub mod recorded;
 mod rest;
 mod schedule;
 mod sequence;
@@ -72,4 +75,5 @@ pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_ima
 pub use plan::FetchPolicy;
 pub use proof::Verdict;
 pub use recheck::{Checked, Fault};
+pub use recorded::Recorder;
 pub use store::{Store, StoreOptions};

@@ -386,6 +386,7 @@ impl LayerOpening {
             limits: self.options.limits,
             flights: Mutex::default(),
             sequences: Mutex::default(),
+            recorder: OnceLock::new(),
             claimed: OnceLock::new(),
             verdict: watch::Sender::new(verdict),
             landing: AtomicUsize::new(0),

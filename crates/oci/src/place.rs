@@ -36,6 +36,18 @@ pub trait ImageSource: Send + Sync {
     /// digest. `range` must lie inside `0..descriptor.size`.
     async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error>;
 
+    /// Hands the bytes that [`ImageSource::blob_range`] returns to `take` as they arrive: in order, in pieces. Where it
+    /// fails, what was handed out before is as good as ever.
+    async fn blob_range_pieces(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Error> {
+        take(self.blob_range(descriptor, range).await?);
+        Ok(())
+    }
+
     /// Returns the descriptors of the manifests whose `subject` is `digest`, of the given artifact type or of any.
     async fn referrers(&self, digest: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, Error>;
 
@@ -50,9 +62,9 @@ pub trait ImageSource: Send + Sync {
         None
     }
 
-    /// Takes note that bytes which [`ImageSource::blob_range`] returned proved wrong, as only the caller can know: a
-    /// source with more than one host asks another one first when bytes of that range are asked for again. Says whether
-    /// there is one; does nothing where there is no choice.
+    /// Takes note that bytes of a range proved wrong, as only the caller can know: a source with more than one host asks
+    /// another one first when bytes of that range are asked for again. Says whether there is one; does nothing where there
+    /// is no choice.
     fn distrust_range(&self, descriptor: &Descriptor, range: Range<u64>) -> bool {
         let _ = (descriptor, range);
         false

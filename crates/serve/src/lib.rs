@@ -2,7 +2,7 @@
 //!
 //! - [`registry`]: an OCI registry (distribution specification 1.1, server side) over a directory.
 //! - [`server`]: listening, TLS, connections and stopping, the same for every server of this crate.
-//! - [`link`]: an everyday network link in front of a server on loopback: a rate and a delay.
+//! - [`link`]: an everyday network link in front of a server on loopback: a rate, a delay, and what else goes wrong.
 //!
 //! ```no_run
 //! # async fn example() -> Result<(), Box<dyn std::error::Error>> {

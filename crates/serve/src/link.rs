@@ -1,11 +1,16 @@
-//! An everyday network link in front of a server on loopback: a rate and a delay.
+//! An everyday network link in front of a server on loopback: a rate, a delay, and what else goes wrong on the way.
 //!
 //! A [`Link`] accepts TCP connections and forwards them to one address. All connections share one rate per direction, as
 //! they share a cable; each byte arrives one delay after it has left; and a new connection waits one round trip before
 //! its first byte is taken, since the handshake that loopback does at once would have taken that long. With
 //! [`LinkOptions::slow_start`], a connection begins with ten segments under way and doubles each round trip, as TCP does.
 //!
-//! The rate is that of the payload: the headers of TCP/IP over Ethernet would take another 4 to 5 %. There is no loss.
+//! The rate is that of the payload: the headers of TCP/IP over Ethernet would take another 4 to 5 %. No packet is lost.
+//!
+//! On request it does what else links and servers do: bytes are late by chance ([`LinkOptions::jitter`], in order all the
+//! same); each connection has a rate of its own, as object stores give it ([`LinkOptions::connection_bits_per_second`]);
+//! connections are cut ([`LinkOptions::cut`]). Chance begins with [`LinkOptions::seed`] and depends on nothing but the
+//! number of the connection, so that what happened happens again.
 //!
 //! It runs on one thread of its own, with timers of the kernel's resolution: Tokio's, which are to the millisecond,
 //! would add a tenth to a delay of ten. Memory is bounded by the bytes that a connection may have under way:
@@ -30,11 +35,12 @@ use tokio::{
 };
 
 mod alarm;
+mod chance;
 mod direction;
 mod shaper;
 mod window;
 
-use self::{alarm::Alarm, direction::Direction, shaper::Shaper};
+use self::{alarm::Alarm, chance::Chance, direction::Direction, shaper::Shaper};
 
 /// Most connections at a time; further ones wait in the kernel's backlog.
 const CONNECTIONS: usize = 1024;
@@ -55,6 +61,23 @@ pub struct LinkOptions {
     pub one_way_delay: Duration,
     /// Whether connections begin slowly, as TCP's do.
     pub slow_start: bool,
+    /// How much later than that bytes may arrive, by chance.
+    pub jitter: Duration,
+    /// Payload bits per second from the server that one connection carries at most.
+    pub connection_bits_per_second: Option<NonZeroU64>,
+    /// When connections are cut.
+    pub cut: Option<Cut>,
+    /// What chance begins with.
+    pub seed: u64,
+}
+
+/// When a connection is cut: it is reset after it has carried so many bytes from the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cut {
+    /// After exactly so many.
+    After(u64),
+    /// After so many on the average: anything from nothing to twice as many.
+    About(u64),
 }
 
 impl LinkOptions {
@@ -62,7 +85,16 @@ impl LinkOptions {
     #[must_use]
     pub fn symmetric(bits_per_second: u64, one_way_delay: Duration) -> Self {
         let rate = NonZeroU64::new(bits_per_second);
-        Self { down_bits_per_second: rate, up_bits_per_second: rate, one_way_delay, slow_start: true }
+        Self {
+            down_bits_per_second: rate,
+            up_bits_per_second: rate,
+            one_way_delay,
+            slow_start: true,
+            jitter: Duration::ZERO,
+            connection_bits_per_second: None,
+            cut: None,
+            seed: 0,
+        }
     }
 
     /// Returns how many bytes a connection may have under way in a direction of that rate: what fills the link for a
@@ -72,7 +104,7 @@ impl LinkOptions {
         /// Without a rate, as much as the kernel would allow.
         const UNLIMITED: usize = 6 << 20;
         let Some(rate) = bits_per_second else { return UNLIMITED };
-        let time = self.one_way_delay.saturating_mul(2).saturating_add(SLACK);
+        let time = self.one_way_delay.saturating_mul(2).saturating_add(self.jitter).saturating_add(SLACK);
         let bytes = u128::from(rate.get()).saturating_mul(time.as_micros()) / 8_000_000;
         // A satellite at 10 Gbit/s still has a bounded window.
         usize::try_from(bytes).unwrap_or(usize::MAX).saturating_add(SOCKET_BUFFER_BYTES as usize).min(256 << 20)
@@ -88,6 +120,8 @@ pub struct LinkStatistics {
     pub bytes_up: u64,
     /// Connections that have been made.
     pub connections: u64,
+    /// Those of them that were cut.
+    pub cut: u64,
 }
 
 /// A link that runs. It ends when it is stopped or dropped, and its connections with it.
@@ -104,6 +138,9 @@ struct Shared {
     down: Shaper,
     up: Shaper,
     connections: AtomicU64,
+    cut: AtomicU64,
+    /// Counts connections too, and is never reset: chance goes by it.
+    numbers: AtomicU64,
 }
 
 impl Link {
@@ -125,6 +162,8 @@ impl Link {
             down: Shaper::new(options.down_bits_per_second),
             up: Shaper::new(options.up_bits_per_second),
             connections: AtomicU64::new(0),
+            cut: AtomicU64::new(0),
+            numbers: AtomicU64::new(0),
         });
         let (stop, stopped) = oneshot::channel();
         let running = Arc::clone(&shared);
@@ -149,6 +188,7 @@ impl Link {
             bytes_down: self.shared.down.bytes(),
             bytes_up: self.shared.up.bytes(),
             connections: self.shared.connections.load(Ordering::Relaxed),
+            cut: self.shared.cut.load(Ordering::Relaxed),
         }
     }
 
@@ -157,6 +197,7 @@ impl Link {
         self.shared.down.reset();
         self.shared.up.reset();
         self.shared.connections.store(0, Ordering::Relaxed);
+        self.shared.cut.store(0, Ordering::Relaxed);
     }
 
     /// Closes all connections and ends the link's thread.
@@ -231,18 +272,40 @@ async fn forward(shared: &Shared, client: TcpStream) -> io::Result<()> {
     server.set_nodelay(true)?;
     Alarm::new()?.until(established).await?;
 
+    let mut chance = Chance::new(options.seed, shared.numbers.fetch_add(1, Ordering::Relaxed));
     let (client_read, client_write) = client.into_split();
     let (server_read, server_write) = server.into_split();
+    let own = Shaper::new(options.connection_bits_per_second);
     let down = Direction {
         shaper: &shared.down,
+        own: &own,
         delay: options.one_way_delay,
+        jitter: options.jitter,
         window_bytes: options.window_bytes(options.down_bits_per_second),
         slow_start: options.slow_start,
+        cut_after: options.cut.map(|cut| match cut {
+            Cut::After(bytes) => bytes,
+            Cut::About(bytes) => chance.up_to(bytes.saturating_mul(2)),
+        }),
     };
-    let up = Direction { shaper: &shared.up, window_bytes: options.window_bytes(options.up_bits_per_second), ..down };
+    let unlimited = Shaper::new(None);
+    let up = Direction {
+        shaper: &shared.up,
+        own: &unlimited,
+        window_bytes: options.window_bytes(options.up_bits_per_second),
+        cut_after: None,
+        ..down
+    };
+    let (down_chance, up_chance) = (chance.part(), chance.part());
     // The first error drops the other direction too, and with it both sockets.
-    tokio::try_join!(down.carry(server_read, client_write), up.carry(client_read, server_write))?;
-    Ok(())
+    let carried = tokio::try_join!(
+        down.carry(server_read, client_write, down_chance),
+        up.carry(client_read, server_write, up_chance)
+    );
+    if carried.as_ref().is_err_and(direction::is_cut) {
+        shared.cut.fetch_add(1, Ordering::Relaxed);
+    }
+    carried.map(drop)
 }
 
 #[cfg(test)]

@@ -21,6 +21,7 @@ mod offline;
 mod ours_to_peers;
 mod peers_to_ours;
 mod podman;
+mod prefetch;
 mod rootfs;
 mod snapshotter;
 mod stopped;

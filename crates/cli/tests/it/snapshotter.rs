@@ -210,8 +210,15 @@ impl Scene {
             ok(self.containerd().ctr().args(["snapshots", "--snapshotter", "loris"]).args(arguments)).text()
         };
         let at = self.place.make("viewed");
-        snapshots(&["view", "test-view", &top]);
-        let told = snapshots(&["mounts", at.to_str().unwrap(), "test-view"]);
+        // Nothing holds the view, and containerd may just be collecting garbage.
+        let told = loop {
+            snapshots(&["view", "test-view", &top]);
+            let mut mounts = self.containerd().ctr();
+            let told = run(mounts.args(["snapshots", "--snapshotter", "loris", "mounts"]).arg(&at).arg("test-view"));
+            if !told.stderr.contains("not found") {
+                break told.succeeded().text();
+            }
+        };
         ok(Command::new("sh").args(["-c", &told]));
         look(&at);
         ok(Command::new("umount").arg(&at));

@@ -1,6 +1,7 @@
 //! Lazy layers against a source in memory.
 #![expect(clippy::unwrap_used, reason = "functions that only tests call are tests too")]
 
+mod arriving;
 mod blob;
 mod content;
 mod documents;

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use loris_format::position::{DataOffset, FileOffset};
 use loris_lazy::{
-    EnsureError, FetchPolicy, OpenOptions, ReadError, Store, StoreOptions, complete, prefetch, prefetch_in_order,
+    EnsureError, FetchPolicy, OpenOptions, ReadError, Recorder, Store, StoreOptions, complete, prefetch,
+    prefetch_in_order,
 };
 use proptest::prelude::*;
 
@@ -133,6 +134,21 @@ async fn a_list_is_prefetched_in_its_order_with_few_requests() {
         case.check(&layer, file).await.unwrap();
     }
     case.check(&layer, 1).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn what_is_read_is_recorded_in_order_and_once() {
+    let case =
+        Case::new(vec![("dir/big".to_owned(), noise(1, 20_000)), ("small".to_owned(), noise(2, 10))], Shape::default());
+    let layer = case.open().await;
+    let layers = [Arc::clone(&layer)];
+    let recorder = Recorder::begin(&layers);
+    case.check_part(&layer, 0, 9000, 100).await.unwrap();
+    case.check(&layer, 1).await.unwrap();
+    case.check_part(&layer, 0, 0, 100).await.unwrap();
+    case.check_part(&layer, 0, 4000, 10_000).await.unwrap();
+    let list = String::from_utf8(recorder.list(&layers)).unwrap();
+    assert_eq!(list, "/dir/big\t8192-12288\n/small\t0-10\n/dir/big\t0-8192\n/dir/big\t12288-16384\n");
 }
 
 #[tokio::test]

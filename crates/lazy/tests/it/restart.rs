@@ -255,6 +255,8 @@ async fn two_processes_share_a_layer() {
     for reader in readers {
         reader.await.unwrap().unwrap();
     }
+    // The proof needs the first header, which no reader has fetched.
+    crate::until("the proof", || layers.iter().all(|layer| layer.verdict().is_some())).await;
     // What one has fetched, the other has.
     case.source.fail();
     for layer in &layers {

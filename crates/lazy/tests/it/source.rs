@@ -23,6 +23,8 @@ pub struct TestSource {
     requests: Mutex<Vec<(Digest, Range<u64>)>>,
     fault: Mutex<Option<Fault>>,
     open: watch::Sender<bool>,
+    withheld_from: watch::Sender<u64>,
+    breaks_at: Mutex<Option<u64>>,
     waiting: AtomicUsize,
 }
 
@@ -34,6 +36,8 @@ impl TestSource {
             requests: Mutex::default(),
             fault: Mutex::default(),
             open: watch::channel(true).0,
+            withheld_from: watch::channel(u64::MAX).0,
+            breaks_at: Mutex::default(),
             waiting: AtomicUsize::new(0),
         }
     }
@@ -78,6 +82,16 @@ impl TestSource {
 
     pub fn release(&self) {
         self.open.send_replace(true);
+    }
+
+    /// Holds the bytes of all answers back from this offset of the blob on; [`u64::MAX`] for none.
+    pub fn withhold_from(&self, offset: u64) {
+        self.withheld_from.send_replace(offset);
+    }
+
+    /// Breaks one answer off at this offset of the blob.
+    pub fn break_at(&self, offset: u64) {
+        *self.breaks_at.lock().unwrap() = Some(offset);
     }
 
     /// Waits until so many requests are held back.
@@ -130,6 +144,28 @@ impl ImageSource for TestSource {
             Some(fault) => fault(range, part),
             None => Ok(part),
         }
+    }
+
+    async fn blob_range_pieces(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Error> {
+        let mut rest = self.blob_range(descriptor, range.clone()).await?;
+        let mut at = range.start;
+        let breaks_at = self.breaks_at.lock().unwrap().take_if(|at| range.contains(at)).unwrap_or(u64::MAX);
+        while !rest.is_empty() {
+            let end = *self.withheld_from.subscribe().wait_for(|end| *end > at).await.unwrap();
+            let most = usize::try_from(end.min(breaks_at) - at).unwrap_or(usize::MAX);
+            let piece = rest.split_to(1000.min(rest.len()).min(most));
+            at += piece.len() as u64;
+            take(piece);
+            if at == breaks_at {
+                return Err(unreachable_registry());
+            }
+        }
+        Ok(())
     }
 
     async fn referrers(&self, _: &Digest, _: Option<&str>) -> Result<Vec<Descriptor>, Error> {

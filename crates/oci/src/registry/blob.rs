@@ -1,6 +1,6 @@
 //! Reading blobs: whole, verified and resumed; and by ranges, exact or not at all.
 
-use std::{ops::Range, sync::Arc};
+use std::ops::Range;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
@@ -12,7 +12,6 @@ use super::{
     Repository,
     connections::Lane,
     host::Host,
-    meter::Meter,
     request::{BlobKey, Call, Failure},
     retry::within,
     route::{Content, Trip},
@@ -57,6 +56,18 @@ impl Repository {
 
     /// Returns bytes of a blob, exactly `range.end - range.start` of them, not verified.
     ///
+    /// # Errors
+    ///
+    /// As [`Repository::blob_range_pieces`].
+    pub async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
+        let mut got = Collected::new(range.end.saturating_sub(range.start));
+        self.blob_range_pieces(descriptor, range, &mut |piece| got.push(piece)).await?;
+        Ok(got.finish())
+    }
+
+    /// Hands bytes of a blob to `take` as they arrive: in order, in pieces, exactly `range.end - range.start` of them, not
+    /// verified. After a failure the rest is asked for, perhaps elsewhere; what was handed out is not handed out again.
+    ///
     /// RFC 9110, section 14.2, lets a server answer a range with the whole. Near the blob's beginning that is as good: what
     /// stands before the range is passed over. Elsewhere no byte of such a body is read, and the registry is asked once
     /// more, since it may be a cache on the way that has answered so for once; likewise after a range that was not asked
@@ -66,34 +77,40 @@ impl Repository {
     ///
     /// [`Error::Unsupported`] where the registry ignores ranges, twice in a row, and the range is not near the blob's
     /// beginning; [`Error::Corrupt`] where the answer's range or length is another than was asked for.
-    pub async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
+    pub async fn blob_range_pieces(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        take: &mut (dyn FnMut(Bytes) + Send),
+    ) -> Result<(), Error> {
         if range.start > range.end || range.end > descriptor.size {
             let detail = format!("bytes {}..{} of {}", range.start, range.end, descriptor.size);
             return Err(Error::Invalid { what: format!("a range of {}", descriptor.digest), detail });
         }
         if range.is_empty() {
-            return Ok(Bytes::new());
+            return Ok(());
         }
         // The whole blob, or what ends near its beginning, can be had without ranges.
         let needs_ranges = range.end > SHORT_PREFIX && range != (0..descriptor.size);
         let trip = self.trip(Content::Range(&descriptor.digest, &range))?;
         within(self.client.config(), async move |deadline| {
             let mut trip = trip.until(deadline);
-            let mut got = Collected::new(range.end - range.start);
+            let mut next = range.start;
             // Hosts that have sent something else than the range.
             let mut odd = Vec::new();
             loop {
                 let host = trip.host();
-                let wanted = range.start + got.length()..range.end;
+                let mut reader = RangeReader { repository: self, descriptor, trip: &trip, next, take: &mut *take };
                 let outcome = if needs_ranges && host.ignores_ranges() {
                     Err(RangeError::Other(self.ignores_ranges().into()))
                 } else {
-                    self.read_range(&host, descriptor, (wanted, needs_ranges), &mut got, &trip).await
+                    reader.read(&host, range.end, needs_ranges).await
                 };
+                next = reader.next;
                 let (failure, again) = match outcome {
                     Ok(()) => {
                         trip.succeeded();
-                        return Ok(got.finish());
+                        return Ok(());
                     }
                     Err(RangeError::NotTheRange(error)) => {
                         let again = !odd.contains(&trip.number());
@@ -108,6 +125,10 @@ impl Repository {
                         (failure, again)
                     }
                 };
+                if next == range.end {
+                    // All has come but the body's end.
+                    return if again { Ok(()) } else { Err(failure.error) };
+                }
                 trip.failed(failure, again).await?;
                 tracing::debug!(digest = %descriptor.digest, "a range is asked for again");
                 self.client.count_retry();
@@ -127,96 +148,6 @@ impl Repository {
     pub fn distrust_range(&self, descriptor: &Descriptor, range: &Range<u64>) -> bool {
         self.client.targets().forget_blob(&self.name, &descriptor.digest);
         self.route.distrust(&descriptor.digest, range, self.client.config())
-    }
-
-    async fn read_range(
-        &self,
-        host: &Host,
-        descriptor: &Descriptor,
-        (wanted, needs_ranges): (Range<u64>, bool),
-        got: &mut Collected,
-        trip: &Trip,
-    ) -> Result<(), RangeError> {
-        let before = got.length();
-        let outcome = self.collect_range(host, descriptor, (&wanted, needs_ranges), got).await;
-        let read = got.length() - before;
-        match outcome {
-            Ok(meter) => {
-                self.route.served(&descriptor.digest, wanted.start..wanted.start + read, trip, &meter);
-                Ok(())
-            }
-            Err((meter, error)) => {
-                if let Some(meter) = meter.filter(|_| read > 0) {
-                    self.route.served(&descriptor.digest, wanted.start..wanted.start + read, trip, &meter);
-                }
-                Err(error)
-            }
-        }
-    }
-
-    /// Reads a range, or as much of it as comes. Returns what measures the host that has sent it.
-    async fn collect_range(
-        &self,
-        host: &Host,
-        descriptor: &Descriptor,
-        (wanted, needs_ranges): (&Range<u64>, bool),
-        got: &mut Collected,
-    ) -> Result<Arc<Meter>, (Option<Arc<Meter>>, RangeError)> {
-        let mut answer =
-            self.open(host, descriptor, wanted, Lane::Short).await.map_err(|error| (None, error.into()))?;
-        let meter = answer.meter().clone();
-        match self.take_range(&mut answer, descriptor, (wanted, needs_ranges), got).await {
-            Ok(()) => Ok(meter),
-            Err(error) => Err((Some(meter), error)),
-        }
-    }
-
-    async fn take_range(
-        &self,
-        answer: &mut Answer,
-        descriptor: &Descriptor,
-        (wanted, needs_ranges): (&Range<u64>, bool),
-        got: &mut Collected,
-    ) -> Result<(), RangeError> {
-        let length = wanted.end - wanted.start;
-        let mut discard = match answer.status() {
-            StatusCode::PARTIAL_CONTENT => {
-                self.check_range(answer, descriptor, wanted).map_err(RangeError::NotTheRange)?;
-                0
-            }
-            _ => {
-                if needs_ranges && *wanted != (0..descriptor.size) {
-                    return Err(RangeError::NotTheRange(self.ignores_ranges()));
-                }
-                self.check_length(answer, descriptor, descriptor.size)?;
-                wanted.start
-            }
-        };
-        let whole_answer = answer.status() == StatusCode::PARTIAL_CONTENT;
-        let before = got.length();
-        while let Some(chunk) = answer.chunk().await? {
-            let chunk = discarded(&chunk, &mut discard);
-            let missing = length - (got.length() - before);
-            if chunk.len() as u64 > missing {
-                if whole_answer {
-                    let detail = format!("more than the {length} bytes of the range were sent");
-                    return Err(self.corrupt(descriptor, detail).into());
-                }
-                got.push(chunk.slice(..usize::try_from(missing).unwrap_or(usize::MAX)));
-                return Ok(());
-            }
-            got.push(chunk);
-            // Where the length was said, it is right: there is no need to wait for the body's end.
-            let complete = got.length() - before == length;
-            if complete && (!whole_answer || answer.length().is_some()) {
-                return Ok(());
-            }
-        }
-        let missing = length - (got.length() - before);
-        if missing > 0 {
-            return Err(truncated(answer, missing).into());
-        }
-        Ok(())
     }
 
     /// Asks for a blob or a range of it. The answer is 200 or, only where a range was asked for, 206.
@@ -325,6 +256,67 @@ impl From<Error> for RangeError {
 impl From<Failure> for RangeError {
     fn from(failure: Failure) -> Self {
         Self::Other(failure)
+    }
+}
+
+/// One attempt at a range, and how far it has come.
+struct RangeReader<'a> {
+    repository: &'a Repository,
+    descriptor: &'a Descriptor,
+    trip: &'a Trip,
+    /// The offset in the blob of what is handed out next.
+    next: u64,
+    take: &'a mut (dyn FnMut(Bytes) + Send),
+}
+
+impl RangeReader<'_> {
+    /// Hands out what is missing before `end`, or as much of it as comes.
+    async fn read(&mut self, host: &Host, end: u64, needs_ranges: bool) -> Result<(), RangeError> {
+        let Self { repository, descriptor, next: start, .. } = *self;
+        let wanted = start..end;
+        let mut answer = repository.open(host, descriptor, &wanted, Lane::Short).await?;
+        let is_part = answer.status() == StatusCode::PARTIAL_CONTENT;
+        let mut discard = 0;
+        if is_part {
+            repository.check_range(&answer, descriptor, &wanted).map_err(RangeError::NotTheRange)?;
+        } else if needs_ranges && wanted != (0..descriptor.size) {
+            return Err(RangeError::NotTheRange(repository.ignores_ranges()));
+        } else {
+            repository.check_length(&answer, descriptor, descriptor.size)?;
+            discard = start;
+        }
+        repository.route.is_measured_by(answer.meter());
+        while let Some(chunk) = answer.chunk().await? {
+            let mut chunk = discarded(&chunk, &mut discard);
+            let missing = end - self.next;
+            if chunk.len() as u64 > missing {
+                if is_part {
+                    let detail = format!("more than the {} bytes of the range were sent", end - start);
+                    return Err(repository.corrupt(descriptor, detail).into());
+                }
+                chunk.truncate(usize::try_from(missing).unwrap_or(usize::MAX));
+            }
+            self.hand_out(start, chunk);
+            // Where the length was said, it is right: there is no need to wait for the body's end.
+            if self.next == end && (!is_part || answer.length().is_some()) {
+                return Ok(());
+            }
+        }
+        match end - self.next {
+            0 => Ok(()),
+            missing => Err(truncated(&answer, missing).into()),
+        }
+    }
+
+    fn hand_out(&mut self, start: u64, chunk: Bytes) {
+        if chunk.is_empty() {
+            return;
+        }
+        let end = self.next + chunk.len() as u64;
+        // First: whoever is handed bytes may find them wrong at once.
+        self.repository.route.served(&self.descriptor.digest, start, self.next..end, self.trip);
+        self.next = end;
+        (self.take)(chunk);
     }
 }
 

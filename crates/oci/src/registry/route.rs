@@ -184,21 +184,32 @@ impl Route {
         self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes note of who served bytes of a blob.
-    pub(super) fn served(&self, digest: &Digest, range: Range<u64>, trip: &Trip, meter: &Arc<Meter>) {
+    /// Takes note of what measures the host that serves the newest bytes.
+    pub(super) fn is_measured_by(&self, meter: &Arc<Meter>) {
         *self.meter.lock().unwrap_or_else(PoisonError::into_inner) = Some(meter.clone());
+    }
+
+    /// Takes note of who served a piece of a blob. The pieces of one answer, which began at `began`, are one range.
+    pub(super) fn served(&self, digest: &Digest, began: u64, piece: Range<u64>, trip: &Trip) {
         if self.members.get().is_none_or(|members| members.len() < 2) {
             return;
         }
         let mut ranges = self.ranges();
+        let grows = |(of, served, by): &&mut (Digest, Range<u64>, usize)| {
+            of == digest && *by == trip.current && served.end == piece.start && served.start >= began
+        };
+        if let Some((_, served, _)) = ranges.served.iter_mut().rev().find(grows) {
+            served.end = piece.end;
+            return;
+        }
         if ranges.served.len() >= MAX_RANGES {
             ranges.served.pop_front();
         }
-        ranges.served.push_back((*digest, range, trip.current));
+        ranges.served.push_back((*digest, piece, trip.current));
     }
 
     /// Takes note that bytes of a blob proved wrong: whoever served them is put back, and asked for these only after
-    /// others. Says whether there are others.
+    /// others. Says whether there are others. Where two readers find the same answer wrong, both are told so.
     pub(super) fn distrust(&self, digest: &Digest, range: &Range<u64>, config: &Config) -> bool {
         let Some(members) = self.members.get() else { return false };
         let mut ranges = self.ranges();
@@ -207,7 +218,10 @@ impl Route {
         let (guilty, others): (VecDeque<_>, VecDeque<_>) =
             std::mem::take(&mut ranges.served).into_iter().partition(|(of, served, _)| of == digest && touches(served));
         ranges.served = others;
-        let is_choice = members.len() > 1 && !guilty.is_empty();
+        let is_known = |(of, bad, _, until): &(Digest, Range<u64>, usize, Instant)| {
+            of == digest && *until > Instant::now() && touches(bad)
+        };
+        let is_choice = members.len() > 1 && (!guilty.is_empty() || ranges.distrusted.iter().any(is_known));
         for (digest, range, member) in guilty {
             let Some(host) = members.get(member) else { continue };
             tracing::warn!(host = host.host.name, %digest, ?range, "a host has sent wrong bytes; others are asked first");

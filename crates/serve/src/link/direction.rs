@@ -13,6 +13,7 @@ use tokio::{
 
 use super::{
     alarm::Alarm,
+    chance::Chance,
     shaper::Shaper,
     window::{Acknowledgement, Window},
 };
@@ -33,12 +34,28 @@ const PROMPT: Duration = Duration::from_millis(1);
 pub struct Direction<'a> {
     /// The rate, shared with all connections.
     pub shaper: &'a Shaper,
+    /// The rate of this connection alone.
+    pub own: &'a Shaper,
     /// From one end to the other.
     pub delay: Duration,
+    /// How much later than that bytes may arrive.
+    pub jitter: Duration,
     /// Most bytes under way.
     pub window_bytes: usize,
     /// Whether the window begins small.
     pub slow_start: bool,
+    /// How many bytes are carried before the connection is cut.
+    pub cut_after: Option<u64>,
+}
+
+/// Why a connection ends that was to be cut.
+#[derive(Debug, thiserror::Error)]
+#[error("the link has cut the connection, as it was told to")]
+struct IsCut;
+
+/// Says whether that is why a connection has ended.
+pub fn is_cut(error: &io::Error) -> bool {
+    error.get_ref().is_some_and(|cause| cause.is::<IsCut>())
 }
 
 /// Bytes under way. No bytes are the end.
@@ -51,12 +68,12 @@ impl Direction<'_> {
     /// Carries all bytes from `from` to `to`, and then the end.
     ///
     /// # Errors
-    /// One of the sockets broke.
-    pub async fn carry(self, from: OwnedReadHalf, to: OwnedWriteHalf) -> io::Result<()> {
+    /// One of the sockets broke, or the connection was cut.
+    pub async fn carry(self, from: OwnedReadHalf, to: OwnedWriteHalf, chance: Chance) -> io::Result<()> {
         let (pieces, arriving) = mpsc::channel(PIECES);
         // As many acknowledgements as pieces at most, and the sender reads them before it sends more.
         let (acknowledged, acknowledgements) = mpsc::unbounded_channel();
-        tokio::try_join!(self.send(from, pieces, acknowledgements), self.receive(to, arriving, acknowledged))?;
+        tokio::try_join!(self.send(from, pieces, acknowledgements, chance), self.receive(to, arriving, acknowledged))?;
         Ok(())
     }
 
@@ -65,9 +82,12 @@ impl Direction<'_> {
         mut from: OwnedReadHalf,
         pieces: mpsc::Sender<Piece>,
         mut acknowledgements: mpsc::UnboundedReceiver<Acknowledgement>,
+        mut chance: Chance,
     ) -> io::Result<()> {
         let mut alarm = Alarm::new()?;
-        let chunk_bytes = self.shaper.chunk_bytes();
+        let chunk_bytes = self.shaper.chunk_bytes().min(self.own.chunk_bytes());
+        let jitter_nanos = u64::try_from(self.jitter.as_nanos()).unwrap_or(u64::MAX);
+        let mut arrived: Option<Instant> = None;
         let mut buffer = vec![0; chunk_bytes];
         let mut window = Window::new(self.window_bytes, chunk_bytes, self.slow_start);
         let mut next: Option<Acknowledgement> = None;
@@ -98,8 +118,13 @@ impl Direction<'_> {
             let count = from.read(&mut buffer[..window.room()]).await?;
             // Bytes that came only now have not waited for the link.
             let were_there = asked.elapsed() < PROMPT;
-            let leaves = self.shaper.reserve(count, window.free_since().filter(|_| were_there));
-            let piece = Piece { arrives: leaves + self.delay, bytes: buffer[..count].into() };
+            let waiting_since = window.free_since().filter(|_| were_there);
+            let leaves = self.shaper.reserve(count, waiting_since).max(self.own.reserve(count, waiting_since));
+            let late = Duration::from_nanos(chance.up_to(jitter_nanos));
+            // In order: who is late holds up what follows.
+            let arrives = arrived.max(Some(leaves + self.delay + late)).unwrap_or(leaves);
+            arrived = Some(arrives);
+            let piece = Piece { arrives, bytes: buffer[..count].into() };
             if pieces.send(piece).await.is_err() || count == 0 {
                 return Ok(());
             }
@@ -117,10 +142,18 @@ impl Direction<'_> {
         acknowledged: mpsc::UnboundedSender<Acknowledgement>,
     ) -> io::Result<()> {
         let mut alarm = Alarm::new()?;
+        let mut left = self.cut_after;
         while let Some(piece) = arriving.recv().await {
             alarm.until(piece.arrives).await?;
             if piece.bytes.is_empty() {
                 return to.shutdown().await;
+            }
+            if let Some(left) = &mut left {
+                if let Some(part) = piece.bytes.get(..usize::try_from(*left).unwrap_or(usize::MAX)) {
+                    to.write_all(part).await?;
+                    return cut(to);
+                }
+                *left -= piece.bytes.len() as u64;
             }
             let began = Instant::now();
             to.write_all(&piece.bytes).await?;
@@ -132,4 +165,12 @@ impl Direction<'_> {
         }
         Ok(())
     }
+}
+
+/// Resets a connection.
+fn cut(to: OwnedWriteHalf) -> io::Result<()> {
+    to.as_ref().set_zero_linger()?;
+    // Without that it would say first that all is well and nothing more comes.
+    to.forget();
+    Err(io::Error::other(IsCut))
 }

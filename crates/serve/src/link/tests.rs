@@ -56,7 +56,7 @@ fn bytes_and_order() {
             let link = Link::start(options, address).unwrap();
             assert!(exchange(link.address(), &up) == down, "{options:?}");
             assert!(server.join().unwrap() == [up], "{options:?}");
-            let expected = LinkStatistics { bytes_down: 300_007, bytes_up: 70_001, connections: 1 };
+            let expected = LinkStatistics { bytes_down: 300_007, bytes_up: 70_001, connections: 1, cut: 0 };
             assert_eq!(link.statistics(), expected);
             link.reset();
             assert_eq!(link.statistics(), LinkStatistics::default());
@@ -80,7 +80,7 @@ fn takes_its_time() {
     let least = Duration::from_millis(200) - shaper::CREDIT + 4 * delay;
     assert!(start.elapsed() >= least, "{:?}", start.elapsed());
     assert_eq!(server.join().unwrap().len(), 4);
-    assert_eq!(link.statistics(), LinkStatistics { bytes_down: 1_000_000, bytes_up: 4, connections: 4 });
+    assert_eq!(link.statistics(), LinkStatistics { bytes_down: 1_000_000, bytes_up: 4, connections: 4, cut: 0 });
 }
 
 #[test]
@@ -134,4 +134,99 @@ fn breaks_and_stops() {
     link.stop();
     assert!(matches!(client.read(&mut [0; 1]), Ok(0) | Err(_)));
     assert!(TcpStream::connect(address).is_err());
+}
+
+#[test]
+fn jitter_delays_and_keeps_the_order() {
+    let options = LinkOptions {
+        jitter: Duration::from_millis(8),
+        seed: 3,
+        ..LinkOptions::symmetric(20_000_000, Duration::from_millis(2))
+    };
+    let (up, down) = (pattern(30_001), pattern(200_007));
+    let (address, server) = server(down.clone(), 1);
+    let link = Link::start(options, address).unwrap();
+    assert!(exchange(link.address(), &up) == down);
+    assert!(server.join().unwrap() == [up]);
+}
+
+#[test]
+fn a_connection_has_a_rate_of_its_own() {
+    let took = |options: LinkOptions, connections: usize| {
+        let (address, server) = server(pattern(600_000 / connections), connections);
+        let link = Link::start(options, address).unwrap();
+        let start = Instant::now();
+        thread::scope(|scope| {
+            for _ in 0..connections {
+                scope.spawn(|| assert_eq!(exchange(link.address(), b"x").len(), 600_000 / connections));
+            }
+        });
+        server.join().unwrap();
+        start.elapsed()
+    };
+    let options = LinkOptions {
+        connection_bits_per_second: NonZeroU64::new(16_000_000),
+        ..LinkOptions::symmetric(64_000_000, Duration::ZERO)
+    };
+    // 2 MB/s for one, and 8 MB/s for all of them.
+    let (one, four) = (took(options, 1), took(options, 4));
+    assert!(one >= Duration::from_millis(300) - shaper::CREDIT, "{one:?}");
+    assert!(four >= Duration::from_millis(75) - shaper::CREDIT, "{four:?}");
+}
+
+/// Reads as far as a connection goes, and returns how far that was and whether it was cut.
+fn read_all(address: SocketAddr) -> (usize, bool) {
+    let mut stream = TcpStream::connect(address).unwrap();
+    // It may be cut already.
+    let _ = stream.shutdown(Shutdown::Write);
+    let (mut count, mut buffer) = (0, [0; 4096]);
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return (count, false),
+            Ok(more) => count += more,
+            Err(error) => {
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+                return (count, true);
+            }
+        }
+    }
+}
+
+/// A server that sends so many bytes to whoever comes, as far as they are taken. It ends with the process.
+fn patient_server(bytes: usize) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = stream.unwrap().write_all(&pattern(bytes));
+        }
+    });
+    address
+}
+
+#[test]
+fn connections_are_cut_where_they_should_be() {
+    let address = patient_server(100_000);
+    let cut_at = |cut: Cut, seed: u64| {
+        let options = LinkOptions { cut: Some(cut), seed, ..LinkOptions::symmetric(0, Duration::ZERO) };
+        let link = Link::start(options, address).unwrap();
+        let places: Vec<_> = std::iter::repeat_with(|| read_all(link.address())).take(8).collect();
+        let count = places.iter().filter(|(_, is_cut)| *is_cut).count();
+        // The client knows before the link has counted.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while link.statistics().cut < count as u64 && Instant::now() < deadline {
+            thread::yield_now();
+        }
+        assert_eq!(link.statistics().cut, count as u64);
+        places
+    };
+    for bytes in [0, 1, 50_000, 100_000] {
+        assert_eq!(cut_at(Cut::After(bytes as u64), 0), [(bytes, true); 8], "{bytes}");
+    }
+    assert_eq!(cut_at(Cut::After(100_001), 0), [(100_000, false); 8]);
+    let places = cut_at(Cut::About(40_000), 1);
+    assert!(places.iter().all(|&(count, is_cut)| is_cut && count <= 80_000), "{places:?}");
+    assert!(places.iter().any(|place| *place != places[0]), "{places:?}");
+    assert_eq!(cut_at(Cut::About(40_000), 1), places, "chance comes again");
+    assert_ne!(cut_at(Cut::About(40_000), 2), places);
 }

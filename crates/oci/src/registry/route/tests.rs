@@ -144,9 +144,9 @@ fn no_memory_grows_without_bound() {
     let digest = Digest::sha256_of(b"x");
     let trip = trip(&route, Content::Tag);
     for n in 0..MAX_RANGES as u64 * 2 {
-        route.served(&digest, n..n + 1, &trip, &Arc::default());
+        route.served(&digest, n, n..n + 1, &trip);
         route.distrust(&digest, &(n..n + 1), &config());
-        route.served(&digest, n..n + 1, &trip, &Arc::default());
+        route.served(&digest, n, n..n + 1, &trip);
     }
     let ranges = route.ranges();
     assert!(ranges.served.len() <= MAX_RANGES && ranges.distrusted.len() <= MAX_RANGES);

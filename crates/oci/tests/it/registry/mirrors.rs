@@ -228,6 +228,43 @@ async fn bytes_that_prove_wrong_come_from_elsewhere_the_next_time() {
 }
 
 #[tokio::test]
+async fn bytes_may_prove_wrong_while_the_rest_of_them_is_under_way() {
+    let site = Site3::start().await;
+    let source = site.source_with(Config { put_back: Duration::ZERO, ..site.config() });
+    site.near.fault(Fault::new(Effect::FlipBit(0)).path("/blobs/"));
+    let blob = descriptor(&content(BLOB));
+    let mut got = Vec::new();
+    let mut distrust = |piece: Bytes| {
+        if got.is_empty() {
+            // Two readers find that out.
+            assert!(source.distrust_range(&blob, 1000..1001));
+            assert!(source.distrust_range(&blob, 1000..1001));
+        }
+        got.extend_from_slice(&piece);
+    };
+    source.blob_range_pieces(&blob, 1000..200_000, &mut distrust).await.unwrap();
+    assert!(got[1..] == content(BLOB)[1001..200_000]);
+    assert_eq!(range(&source, 1000).await, content(BLOB)[1000..2000]);
+    assert_eq!(site.asked(), [1, 1, 0]);
+}
+
+#[tokio::test]
+async fn pieces_go_on_where_an_answer_broke_off() {
+    let site = Site3::start().await;
+    let source = site.source_with(Config { put_back: Duration::ZERO, ..site.config() });
+    site.near.fault(Fault::new(Effect::Truncate(70_000)).path("/blobs/"));
+    let blob = descriptor(&content(BLOB));
+    let mut got = Vec::new();
+    source.blob_range_pieces(&blob, 1000..200_000, &mut |piece| got.extend_from_slice(&piece)).await.unwrap();
+    assert!(got == content(BLOB)[1000..200_000]);
+    assert_eq!(site.asked(), [1, 1, 0]);
+    // Each of the two is held to what it has sent, and to nothing else.
+    assert!(source.distrust_range(&blob, 150_000..150_001));
+    range(&source, 1000).await;
+    assert_eq!(site.asked(), [1, 0, 0]);
+}
+
+#[tokio::test]
 async fn all_in_trouble_is_waited_out_and_a_deadline_ends_it() {
     let site = Site3::start().await;
     for registry in [&site.near, &site.far, &site.registry] {

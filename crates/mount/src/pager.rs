@@ -44,7 +44,7 @@ use rustix::{
 use tokio::runtime::Handle;
 
 use crate::{
-    keeper::{Asking, Asks, Inherited, Keeper, Kept},
+    keeper::{self, Asking, Asks, Inherited, Keeper, Kept},
     register::Register,
 };
 
@@ -498,7 +498,8 @@ impl Inner {
 /// Lets this process have as many descriptors as it may, since each unanswered event is one, and returns how many.
 pub(crate) fn raise_descriptor_limit() -> u64 {
     let limit = rustix::process::getrlimit(Resource::Nofile);
-    let wanted = u64::from(SLOTS) + 4 * SPARE_DESCRIPTORS;
+    // A keeper, which inherits the limit, has two for each layer.
+    let wanted = u64::from(SLOTS) + 2 * keeper::LAYERS + 4 * SPARE_DESCRIPTORS;
     if limit.current.is_none_or(|current| current >= wanted) {
         return limit.current.unwrap_or(u64::MAX);
     }

@@ -199,6 +199,12 @@ impl LazyLayer {
         self.is_whole() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
     }
 
+    /// Says whether that outlives the machine too: until then, a disk that fails may take some of it back.
+    #[must_use]
+    pub fn is_on_disk(&self) -> bool {
+        self.is_complete() && self.cache.filled().volatile().is_empty()
+    }
+
     /// Returns what was found out about the layer once it was whole; `None` before.
     #[must_use]
     pub fn verdict(&self) -> Option<Verdict> {

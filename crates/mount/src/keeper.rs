@@ -37,7 +37,10 @@ use std::{
 
 use rustix::{
     event::{PollFd, PollFlags, poll},
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+    net::{
+        AddressFamily, SocketFlags, SocketType, socketpair,
+        sockopt::{Timeout, set_socket_timeout},
+    },
 };
 
 use crate::pager::{OnDeath, PagerError, PagerOptions, journal::Journal};
@@ -57,6 +60,12 @@ pub const VERB: &str = "mount-keeper";
 pub const INHERIT: &str = "LORIS_INHERIT_MOUNTS";
 
 pub use process::main;
+
+/// Most layers that a keeper keeps.
+pub(crate) const LAYERS: u64 = process::FILES as u64;
+
+/// How long a keeper may take to hear what it is told. It does nothing else meanwhile.
+const ANSWER: Duration = Duration::from_secs(30);
 
 /// What a keeper keeps beside files.
 pub(crate) struct Kept<'a> {
@@ -109,7 +118,7 @@ impl Keeper {
         };
         let start =
             Start { program, on_death: options.on_death.clone(), patience: options.patience, log: options.log.clone() };
-        let link = Link::start(&start, kept, files).map_err(PagerError::Keeper)?;
+        let link = Link::start(&start, kept, files, Predecessor::MayLive).map_err(PagerError::Keeper)?;
         Ok(Self { link: Mutex::new(link), start })
     }
 
@@ -122,7 +131,7 @@ impl Keeper {
         let mut link = self.link();
         let _ = link.child.wait();
         link.is_lost = true;
-        *link = Link::start(&self.start, kept, files()?)?;
+        *link = Link::start(&self.start, kept, files()?, Predecessor::IsDead)?;
         Ok(())
     }
 
@@ -157,7 +166,7 @@ impl Keeper {
     /// A keeper that was killed loses what it is sent; its successor is given everything.
     fn tell(&self, message: &Message, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         match message.send(&self.link().socket, descriptors) {
-            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
             result => result,
         }
     }
@@ -230,9 +239,27 @@ pub(crate) fn dismiss(keeper: &OwnedFd) {
     let _ = Message { kind: Kind::Dismiss, number: 0 }.send(keeper, &[]);
 }
 
+/// What is known of the keeper before a new one.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Predecessor {
+    /// It stays in charge until the new one has heard everything; or there never was one.
+    MayLive,
+    /// Nobody is in charge.
+    IsDead,
+}
+
 impl Link {
-    fn start(start: &Start, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<Self> {
+    fn start(
+        start: &Start,
+        kept: &Kept<'_>,
+        files: Vec<(u64, [File; 2])>,
+        predecessor: Predecessor,
+    ) -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+        // One that stands still must not stop whoever mounts or unmounts.
+        for direction in [Timeout::Send, Timeout::Recv] {
+            set_socket_timeout(&ours, direction, Some(ANSWER))?;
+        }
         let (mode, command): (&str, &[OsString]) = match &start.on_death {
             OnDeath::Restart(command) => (process::RESTART, command),
             OnDeath::Clean(command) => (process::CLEAN, command),
@@ -252,20 +279,32 @@ impl Link {
             .stderr(log)
             .spawn()?;
         let link = Self { socket: Arc::new(ours), child, is_lost: false };
-        match link.hand_over(kept, files) {
-            Ok(()) => Ok(link),
+        let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
+        if predecessor == Predecessor::IsDead {
+            // In charge from its first packet on: where this process is killed before the last one, nobody else is there.
+            kept.journal.generation().store(generation, Ordering::Release);
+        }
+        match link.hand_over(kept, files, generation) {
+            Ok(()) => {
+                // From here on it is in charge, and its predecessor is not.
+                kept.journal.generation().store(generation, Ordering::Release);
+                Ok(link)
+            }
             Err(error) => {
-                // It ends by itself when its socket is closed: it is not in charge.
+                if predecessor == Predecessor::IsDead {
+                    // Before its socket is closed, which it would take for the death of this process.
+                    kept.journal.generation().store(generation.wrapping_add(1), Ordering::Release);
+                }
                 let Self { socket, mut child, .. } = link;
                 drop(socket);
+                let _ = child.kill();
                 let _ = child.wait();
                 Err(error)
             }
         }
     }
 
-    fn hand_over(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>) -> io::Result<()> {
-        let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
+    fn hand_over(&self, kept: &Kept<'_>, files: Vec<(u64, [File; 2])>, generation: u32) -> io::Result<()> {
         let (journal, number) = (kept.journal.memory(), u64::from(generation));
         let (kind, state) = match kept.asks {
             Asks::Events { group, inotify } => (Kind::State, vec![group, journal, inotify, kept.register]),
@@ -277,12 +316,7 @@ impl Link {
         }
         Message { kind: Kind::End, number: 0 }.send(&self.socket, &[])?;
         let (answer, _) = Message::receive(&self.socket)?;
-        if answer.kind != Kind::End {
-            return Err(message::garbled());
-        }
-        // From here on it is in charge, and its predecessor is not.
-        kept.journal.generation().store(generation, Ordering::Release);
-        Ok(())
+        if answer.kind == Kind::End { Ok(()) } else { Err(message::garbled()) }
     }
 }
 

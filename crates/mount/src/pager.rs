@@ -44,7 +44,7 @@ use rustix::{
 use tokio::runtime::Handle;
 
 use crate::{
-    keeper::{Asking, Asks, Inherited, Keeper, Kept},
+    keeper::{self, Asking, Asks, Inherited, Keeper, Kept},
     register::Register,
 };
 
@@ -360,11 +360,11 @@ impl Inner {
         });
     }
 
-    /// Marks a layer's data file, unless it is complete or marked already.
+    /// Marks a layer's data file, unless it is complete and on the disk, or marked already.
     fn mark(self: &Arc<Self>, layer: &Arc<LazyLayer>) -> Result<files::FileId, PagerError> {
         let marking = self.marking();
         let id = self.files.add(layer).map_err(PagerError::DataFile)?;
-        if layer.is_complete() {
+        if layer.is_on_disk() {
             // A process before this one may have been killed between the two.
             self.unmark(layer);
             return Ok(id);
@@ -428,21 +428,32 @@ impl Inner {
             loop {
                 waiting.completed().await;
                 // What does not reach the disk is forgotten again, and must be asked for then.
-                match waiting.sync().await {
-                    Ok(()) if waiting.is_complete() => break,
-                    Ok(()) => {}
-                    Err(error) => {
-                        tracing::warn!(layer = %waiting.digest(), %error, "a layer is complete but not on the disk");
-                        tokio::time::sleep(RETRY).await;
-                    }
+                if let Err(error) = waiting.sync().await {
+                    tracing::warn!(layer = %waiting.digest(), %error, "a layer is complete but not on the disk");
+                    tokio::time::sleep(RETRY).await;
+                    continue;
                 }
-            }
-            if let Some(pager) = pager.upgrade() {
-                let _marking = pager.marking();
-                pager.unmark(&waiting);
+                let Some(pager) = pager.upgrade() else { return };
+                let layer = Arc::clone(&waiting);
+                // Others hold the lock for as long as a layer is marked: no thread of the runtime waits for that.
+                let unmarking = tokio::task::spawn_blocking(move || pager.unmark_if_on_disk(&layer));
+                if unmarking.await.unwrap_or(true) {
+                    return;
+                }
+                tokio::time::sleep(OWN_PAUSE).await;
             }
         };
         self.files.await_completion(layer, || self.runtime.spawn(task).abort_handle());
+    }
+
+    /// Removes a mark unless something was forgotten meanwhile.
+    fn unmark_if_on_disk(&self, layer: &LazyLayer) -> bool {
+        let _marking = self.marking();
+        let is_on_disk = layer.is_on_disk();
+        if is_on_disk {
+            self.unmark(layer);
+        }
+        is_on_disk
     }
 
     fn unmark(&self, layer: &LazyLayer) {
@@ -504,7 +515,8 @@ impl Inner {
 /// Lets this process have as many descriptors as it may, since each unanswered event is one, and returns how many.
 pub(crate) fn raise_descriptor_limit() -> u64 {
     let limit = rustix::process::getrlimit(Resource::Nofile);
-    let wanted = u64::from(SLOTS) + 4 * SPARE_DESCRIPTORS;
+    // A keeper, which inherits the limit, has two for each layer.
+    let wanted = u64::from(SLOTS) + 2 * keeper::LAYERS + 4 * SPARE_DESCRIPTORS;
     if limit.current.is_none_or(|current| current >= wanted) {
         return limit.current.unwrap_or(u64::MAX);
     }

@@ -2,6 +2,9 @@
 //!
 //! It has one thread, and allocates nothing once it has started: what it needs it has then. Standard input is the
 //! socket of the daemon.
+//!
+//! **While it is in charge, no error ends it**: it may be the last holder of the group, with whose end readers are let
+//! through. What goes wrong is tried again, and where that is in vain, readers are refused.
 
 use std::{
     ffi::{CString, OsString},
@@ -22,7 +25,7 @@ use rustix::{
     fs::inotify,
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, socketpair},
-    process::{Pid, WaitOptions, waitpid},
+    process::{Pid, Signal, WaitOptions, kill_process, waitpid},
 };
 
 use super::{
@@ -44,7 +47,7 @@ pub(super) const RESTART: &str = "restart";
 pub(super) const CLEAN: &str = "clean";
 
 /// Most layers whose files are kept.
-const FILES: usize = 8192;
+pub(super) const FILES: usize = 8192;
 /// Between attempts to start a successor that does not live.
 const FIRST_PAUSE: Duration = Duration::from_millis(50);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -84,6 +87,8 @@ struct Keeper {
     /// that this one sees no other death than that of successors which failed.
     died: Option<Instant>,
     pause: Duration,
+    /// The last successor that was started, while it is known to be there.
+    successor: Option<Pid>,
     files: Vec<Option<(u64, File, File)>>,
 }
 
@@ -103,6 +108,16 @@ enum End {
     Left,
     /// It was killed.
     Died,
+}
+
+/// How far it is that mounts are taken down.
+#[derive(Clone, Copy)]
+enum Cleaning {
+    /// Tried when that time has come.
+    From(Instant),
+    By(Pid),
+    /// Or nobody asked for it.
+    Done,
 }
 
 impl Keeper {
@@ -148,39 +163,79 @@ impl Keeper {
             generation,
             died: None,
             pause: FIRST_PAUSE,
+            successor: None,
             files,
         };
-        while keeper.receive()? != Some(Kind::End) {}
-        Message { kind: Kind::End, number: 0 }.send(&keeper.socket, &[])?;
-        Ok(keeper)
+        match keeper.hear_everything() {
+            // Its daemon was killed over that, or has given it up. The predecessor goes on.
+            Err(error) if !keeper.is_in_charge() => Err(error),
+            // There is no predecessor: what was heard so far has to do.
+            _ => Ok(keeper),
+        }
+    }
+
+    /// Receives what is to be kept, and says that it is.
+    fn hear_everything(&mut self) -> io::Result<()> {
+        loop {
+            match self.receive() {
+                Ok(Some(Kind::End)) => return Message { kind: Kind::End, number: 0 }.send(&self.socket, &[]),
+                Ok(Some(_)) => {}
+                Ok(None) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Err(error) if self.is_in_charge() => go_on_after(&error),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Whether this is the keeper that acts: neither was it replaced, nor is its predecessor still the one.
+    fn is_in_charge(&self) -> bool {
+        self.journal.generation().load(Ordering::Acquire) == self.generation
     }
 
     fn run(mut self) -> io::Result<()> {
         loop {
             let end = self.serve()?;
-            // Another keeper is in charge, or this one never was.
-            if self.journal.generation().load(Ordering::Acquire) != self.generation {
+            if !self.is_in_charge() {
                 return Ok(());
             }
             match end {
                 End::Dismissed => return Ok(()),
-                End::Died if self.restarts => self.restart()?,
-                End::Died => return self.clean(),
-                End::Left => return self.refuse_until_gone(None),
+                End::Died if self.restarts => self.restart(),
+                End::Died => {
+                    self.refuse_until_gone(true);
+                    return Ok(());
+                }
+                End::Left => {
+                    self.refuse_until_gone(false);
+                    return Ok(());
+                }
             }
         }
     }
 
-    /// Does what the daemon says, until it does not say anything any more.
+    /// Does what the daemon says, until it does not say anything any more. An error is that of a keeper which is not in
+    /// charge.
     fn serve(&mut self) -> io::Result<End> {
         let mut left = false;
         loop {
-            match self.receive()? {
-                Some(Kind::Dismiss) => return Ok(End::Dismissed),
-                Some(Kind::Refuse) => left = true,
-                Some(Kind::Resume) => self.send_everything()?,
-                Some(_) => {}
-                None => return Ok(if left { End::Left } else { End::Died }),
+            let said = match self.receive() {
+                Ok(Some(Kind::Resume)) => self.send_everything().map(|()| Some(Kind::Resume)),
+                said => said,
+            };
+            match said {
+                Ok(Some(Kind::Dismiss)) => return Ok(End::Dismissed),
+                Ok(Some(Kind::Refuse)) => left = true,
+                Ok(Some(_)) => {}
+                Ok(None) => return Ok(if left { End::Left } else { End::Died }),
+                Err(error) if !self.is_in_charge() => return Err(error),
+                // Its next one may be another program, or find more room.
+                Err(error) if self.died.is_some() => {
+                    go_on_after(&error);
+                    self.end_successor();
+                    return Ok(End::Died);
+                }
+                // The daemon lives. A layer of it may not be kept; its successor opens that by its path.
+                Err(error) => go_on_after(&error),
             }
         }
     }
@@ -195,15 +250,14 @@ impl Keeper {
                 count += 1;
             }
         });
-        // An error ends the keeper, and the daemon starts another one; a successor that died in the middle of its start is a
-        // death like others.
         let Some(message) = message? else { return Ok(None) };
         match (message.kind, received) {
             (Kind::Keep, [None, ..] | [_, None, ..]) => return Err(garbled()),
             (Kind::Keep, [Some(data), Some(lock), ..]) => {
                 self.forget(message.number);
                 let free = self.files.iter_mut().find(|place| place.is_none());
-                *free.ok_or_else(garbled)? = Some((message.number, data, lock));
+                let full = || io::Error::from_raw_os_error(libc::EMFILE);
+                *free.ok_or_else(full)? = Some((message.number, data, lock));
             }
             (Kind::Forget, _) => self.forget(message.number),
             _ => {}
@@ -236,32 +290,49 @@ impl Keeper {
             Message { kind: Kind::End, number: 0 }.send(&self.socket, &[])
         };
         match send() {
-            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
-            _ => Ok(()),
+            // The latter where it has left something unread.
+            Err(error) if matches!(error.kind(), io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset) => Ok(()),
+            result => result,
         }
     }
 
-    /// Starts successors until one takes over.
-    fn restart(&mut self) -> io::Result<()> {
+    /// Starts successors until one asks for its inheritance.
+    fn restart(&mut self) {
         // At once for the first one.
         if let Some(died) = self.died {
             self.refuse_for(self.pause, died);
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
         }
         let died = *self.died.get_or_insert_with(Instant::now);
-        loop {
-            let (ours, theirs) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-            let child = self.command.spawn(&theirs);
-            drop(theirs);
-            if child.is_ok() {
-                self.socket = ours;
-                if self.wait_for_successor(died) {
-                    return Ok(());
-                }
-            }
-            reap();
+        while !(self.start_successor() && self.wait_for_successor(died)) {
+            self.reap();
             self.refuse_for(self.pause, died);
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    fn start_successor(&mut self) -> bool {
+        let pair = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
+        let started = pair.map_err(io::Error::from).and_then(|(ours, theirs)| {
+            self.successor = Some(self.command.spawn(&theirs)?);
+            self.socket = ours;
+            Ok(())
+        });
+        started.inspect_err(go_on_after).is_ok()
+    }
+
+    /// Ends a successor with whom there is nothing to be begun.
+    fn end_successor(&mut self) {
+        if let Some(successor) = self.successor.take() {
+            // It was not waited for: the id is still its.
+            let _ = kill_process(successor, Signal::KILL);
+        }
+    }
+
+    /// Takes note of children that have ended.
+    fn reap(&mut self) {
+        while let Ok(Some((ended, _))) = waitpid(None, WaitOptions::NOHANG) {
+            self.successor.take_if(|successor| *successor == ended);
         }
     }
 
@@ -274,7 +345,7 @@ impl Keeper {
                 Ok(_) => return wanted[0].revents().contains(PollFlags::IN) && !is_at_end(&self.socket),
                 Err(_) => {}
             }
-            reap();
+            self.reap();
         }
     }
 
@@ -295,31 +366,43 @@ impl Keeper {
         }
     }
 
-    /// Takes the mounts down, refusing reads.
-    fn clean(self) -> io::Result<()> {
+    /// Refuses reads until no mount is up; where it `cleans`, a program that takes them down is started, and has ended.
+    fn refuse_until_gone(&mut self, cleans: bool) {
         self.refuse_what_was_left();
-        let child = self.command.spawn(&File::open("/dev/null")?).ok();
-        self.refuse_until_gone(child)
-    }
-
-    /// Refuses reads until no mount is up and a child has ended.
-    fn refuse_until_gone(mut self, mut child: Option<Pid>) -> io::Result<()> {
-        self.refuse_what_was_left();
+        let mut cleaning = if cleans { Cleaning::From(Instant::now()) } else { Cleaning::Done };
         loop {
-            if let Some(pid) = child
-                && !matches!(waitpid(Some(pid), WaitOptions::NOHANG), Ok(None))
-            {
-                child = None;
-            }
+            cleaning = self.clean(cleaning);
             // Of devices this process holds the last descriptor, with whose end the kernel refuses everything.
-            let Asks::Events(group, inotify) = &self.asks else { return Ok(()) };
+            let Asks::Events(group, inotify) = &self.asks else { return };
             forget_mounts(&self.journal, inotify);
-            if child.is_none() && !self.journal.has_mounts() {
-                return Ok(());
+            if matches!(cleaning, Cleaning::Done) && !self.journal.has_mounts() {
+                return;
             }
             let mut wanted = [PollFd::new(group, PollFlags::IN), PollFd::new(inotify, PollFlags::IN)];
             let _ = poll(&mut wanted, Some(&timespec(TICK)));
             self.refuse_waiting();
+        }
+    }
+
+    /// Starts the program that takes the mounts down, and again where it fails.
+    fn clean(&mut self, cleaning: Cleaning) -> Cleaning {
+        let again = |pause: &mut Duration| {
+            let next = Instant::now() + *pause;
+            *pause = (*pause * 2).min(LONGEST_PAUSE);
+            Cleaning::From(next)
+        };
+        match cleaning {
+            // The standard input leads nowhere.
+            Cleaning::From(time) if time <= Instant::now() => match self.command.spawn(&io::stdin()) {
+                Ok(cleaner) => Cleaning::By(cleaner),
+                Err(_) => again(&mut self.pause),
+            },
+            Cleaning::By(cleaner) => match waitpid(Some(cleaner), WaitOptions::NOHANG) {
+                Ok(None) => cleaning,
+                Ok(Some((_, status))) if status.exit_status() != Some(0) => again(&mut self.pause),
+                _ => Cleaning::Done,
+            },
+            _ => cleaning,
         }
     }
 
@@ -435,9 +518,16 @@ fn set_apart() {
     }
 }
 
-/// Takes note of children that have ended.
-fn reap() {
-    while matches!(waitpid(None, WaitOptions::NOHANG), Ok(Some(_))) {}
+/// Says what went wrong where that must not matter, and waits for a moment: it may go wrong again.
+fn go_on_after(error: &io::Error) {
+    // A number, since its text would take memory.
+    let _ = writeln!(
+        io::stderr(),
+        "loris: the keeper of mounts goes on after an error ({:?}, {})",
+        error.kind(),
+        error.raw_os_error().unwrap_or_default()
+    );
+    std::thread::sleep(TICK);
 }
 
 /// Whether the other end of a socket is gone and nothing more is to be read.

@@ -7,8 +7,10 @@
 //!  fuse         tree ──────────────────────────────▶ FUSE ───▶ directory
 //! ```
 //!
-//! A layer that is complete is read as the local file that it is, by all engines with EROFS: no process of ours is on
-//! the way then.
+//! A layer that is complete and on the disk when it is mounted is read as the local file that it is, by all engines with
+//! EROFS: no process of ours is on the way then. One that becomes so later is by fanotify alone: the kernel opens a device
+//! once, when it mounts, and what it has opened over FUSE stays a file over FUSE (also with FUSE's own passthrough, which is
+//! agreed upon when a file is opened).
 
 use std::{
     os::fd::AsRawFd as _,
@@ -153,7 +155,7 @@ impl Lower {
             detail,
         };
         // All layers are devices, so that a successor finds them by their numbers; what is complete is not served.
-        let complete: Vec<bool> = parts.layers.iter().map(|layer| layer.is_complete()).collect();
+        let complete: Vec<bool> = parts.layers.iter().map(|layer| layer.is_on_disk()).collect();
         let mut server = None;
         if complete.contains(&false) {
             let device = |layer: &Arc<LazyLayer>| Device::Layer(Arc::clone(layer), parts.runtime.clone());

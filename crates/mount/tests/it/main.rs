@@ -4,6 +4,7 @@
 mod engines;
 mod erofs_bootstrap;
 mod image;
+mod keeper;
 mod mounted;
 mod pager;
 mod races;

@@ -2,6 +2,7 @@
 
 use std::{fs::File, io::Read as _, os::unix::fs::FileExt as _, path::PathBuf, time::Duration};
 
+use loris_format::position::DataOffset;
 use loris_lazy::LazyLayer;
 use loris_mount::pager::{OnDeath, Pager, PagerOptions, group::Group};
 
@@ -9,15 +10,18 @@ use crate::image::{CHUNK, TestImage, directory, file, noise};
 
 /// A pager whose keeper, should it come to that, has nothing to take down.
 pub fn pager(image: &TestImage, patience: Duration) -> Pager {
-    let options = PagerOptions {
+    Pager::start(&pager_options(image, patience), image.runtime.handle()).unwrap()
+}
+
+fn pager_options(image: &TestImage, patience: Duration) -> PagerOptions {
+    PagerOptions {
         patience,
         register: image.directory.path().join("mounts"),
         on_death: OnDeath::Clean(vec!["/bin/true".into()]),
         keeper: Some(PathBuf::from(env!("CARGO_BIN_EXE_mount-keeper"))),
         log: None,
         note: None,
-    };
-    Pager::start(&options, image.runtime.handle()).unwrap()
+    }
 }
 
 /// Whether data files of this machine's temporary folder can be marked; says so where not.
@@ -112,6 +116,43 @@ fn a_complete_layer_needs_nobody() {
     let mut again = vec![0; content.len()];
     file.read_exact_at(&mut again, at as u64).unwrap();
     assert_eq!(again, content);
+}
+
+/// What is in no bitmap on the disk may be gone after an error of the disk: until it is, the kernel has to ask.
+#[test]
+fn a_complete_layer_is_marked_until_it_is_on_the_disk() {
+    if !can_page("a_complete_layer_is_marked_until_it_is_on_the_disk") {
+        return;
+    }
+    let (image, content) = one_layer();
+    let layer = &image.layers[0];
+    image.runtime.block_on(async {
+        layer.ensure(DataOffset(0)..DataOffset(layer.index().data_length())).await.unwrap();
+        layer.completed().await;
+    });
+    assert!(layer.is_complete() && !layer.is_on_disk());
+    // What the pager does beside its threads is done when this is driven, and not before.
+    let driven = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let pager = Pager::start(&pager_options(&image, Duration::from_secs(10)), driven.handle()).unwrap();
+    let _watch = pager.watch(&image.layers).unwrap();
+    assert!(is_marked(layer));
+    let (file, at) = (reader(layer), data_of(layer, "d/big"));
+    let mut bytes = vec![0; CHUNK];
+    file.read_exact_at(&mut bytes, at).unwrap();
+    assert_eq!(bytes, content[..CHUNK]);
+    driven.block_on(async {
+        let until_unmarked = async {
+            while is_marked(layer) {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), until_unmarked).await.expect("it stays marked");
+    });
+    assert!(layer.is_on_disk());
+    // The next one has nothing to ask for.
+    let other = pager.watch(&image.layers).unwrap();
+    assert!(!is_marked(layer));
+    drop(other);
 }
 
 /// Whether any group of this process is asked for a layer's reads.

@@ -14,6 +14,7 @@ use std::{
 };
 
 use loris_mount::{
+    MountError,
     engine::Engine,
     mounts::Unmounted,
     pager::Pager,
@@ -114,6 +115,66 @@ fn what_was_detached_reads_right_or_not_at_all() {
                 ),
             }
         }
+        assert_nothing_mounted(image.directory.path());
+    }
+}
+
+/// One is put up while the other one is taken down: of the same layers, at the same directory or beside it, by one pager or
+/// by two. The marks of the one must not go with the other.
+#[test]
+fn mounting_while_unmounting() {
+    for engine in engines("mounting_while_unmounting") {
+        let (entries, contents) = files(30, 2);
+        let image = TestImage::new(&[entries]);
+        let shared = options(engine, &image, Access::ReadOnly, None).pager;
+        let shared = match (engine, shared) {
+            (Engine::Fanotify, Paging::Own(own)) => {
+                Some(Paging::Shared(Arc::new(Pager::start(&own, image.runtime.handle()).unwrap())))
+            }
+            _ => None,
+        };
+        let (same, refused) = (image.mountpoint("same"), AtomicUsize::new(0));
+        for pager in [Some(None), shared.map(Some)].into_iter().flatten() {
+            std::thread::scope(|scope| {
+                for worker in 0..4 {
+                    let (pager, image, same, contents, refused) = (pager.clone(), &image, &same, &contents, &refused);
+                    // Two of them meet at one directory, and the others have one of their own.
+                    let own = image.mountpoint(&format!("own-{worker}-{}", pager.is_some()));
+                    scope.spawn(move || {
+                        for turn in 0..6 {
+                            let at = if worker < 2 { same } else { &own };
+                            let mut options = options(engine, image, Access::ReadOnly, Some(at));
+                            if let Some(pager) = &pager {
+                                options.pager = pager.clone();
+                            }
+                            let mounted = match RootFs::assemble(&image.layers, &options, image.runtime.handle()) {
+                                Ok(mounted) => mounted,
+                                // The other one stands there.
+                                Err(MountError::AlreadyMounted { .. }) if worker < 2 => {
+                                    refused.fetch_add(1, Ordering::Relaxed);
+                                    continue;
+                                }
+                                Err(error) => panic!("{engine}: {error}"),
+                            };
+                            for step in 0..5 {
+                                let number = (worker * 7 + turn * 5 + step) % contents.len();
+                                let read = check(&at.join(format!("f{number}")), &contents[number], turn);
+                                // At a directory that is shared, the other one may have stood above, and be gone.
+                                match read {
+                                    Err(error) if worker < 2 => assert!(
+                                        matches!(error.raw_os_error(), Some(libc::EIO | libc::ENOENT | libc::ENOTCONN)),
+                                        "{engine}: {error}"
+                                    ),
+                                    read => read.unwrap(),
+                                }
+                            }
+                            drop(mounted);
+                        }
+                    });
+                }
+            });
+        }
+        println!("{engine}: {} met another one", refused.load(Ordering::Relaxed));
         assert_nothing_mounted(image.directory.path());
     }
 }

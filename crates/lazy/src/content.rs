@@ -20,7 +20,7 @@ use loris_format::{
 };
 
 use crate::{
-    cache::{LayerCache, NO_FOLLOW},
+    cache::{LayerCache, NO_FOLLOW, open_private},
     digests::{Place, layer_key},
     disk,
     error::EnsureError,
@@ -34,6 +34,8 @@ use crate::{
 const SMALL_FILES: u64 = 4 * DATA_ALIGNMENT;
 /// Bytes in memory while content is copied.
 const BUFFER_BYTES: usize = 512 << 10;
+/// The file in a layer's directory that says that content was copied to it: what stands around that was never seen.
+pub(crate) const COPIED: &str = "copied";
 /// Layers whose files are open while frames are filled.
 const SOURCES: usize = 32;
 
@@ -73,6 +75,7 @@ impl LazyLayer {
                 if right.is_empty() {
                     // Before the first write, which would hide that somebody has cut the file.
                     self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
+                    open_private(&directory.join(COPIED)).map_err(|error| self.file_error(error))?;
                 }
                 match copier.copy(source.data(), place.data, extent, &digest, self.has_blocks(number)) {
                     Ok(true) => {

@@ -3,16 +3,13 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicUsize},
-    },
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use loris_format::{
-    digest::Digest,
+    digest::{DiffId, Digest},
     estargz::{
         footer::{self, DETECT_BYTES, FooterError, Kind},
         open::{self as estargz, Opened, Opening, Step},
@@ -29,14 +26,13 @@ use loris_oci::{
     Descriptor, ImageSource,
     document::{ImageConfig, Manifest},
 };
-use tokio::sync::watch;
 
 use crate::{
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
-    proof::Verdict,
+    proof::{Finding, Verdict},
     schedule::Urgency,
     store::Store,
 };
@@ -130,12 +126,18 @@ pub async fn open_image(
     let (config, layers) =
         tokio::join!(open_config(&*source, manifest, options), open_layers(&source, manifest, store, options));
     let config = config?;
-    for (opened, diff_id) in layers.iter().zip(&config.diff_ids) {
+    claim(&layers, &config.diff_ids);
+    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
+}
+
+fn claim(layers: &[OpenedLayer], diff_ids: &[DiffId]) {
+    for (opened, diff_id) in layers.iter().zip(diff_ids) {
         if let Ok(layer) = &opened.layer {
             layer.claim_diff_id(diff_id);
+            // Where something else was found at another time.
+            layer.prove_when_whole();
         }
     }
-    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
 }
 
 async fn open_config(
@@ -185,7 +187,8 @@ async fn open_layers(
 }
 
 /// Opens the layers of an image whose configuration is not needed, side by side. Where all of them are in the store, with
-/// their tables of contents, the source is not asked for anything.
+/// their tables of contents, the source is not asked for anything. `claimed` are the DiffIDs that the configuration is known
+/// to have for them, if it is: the lowest layer's first.
 ///
 /// # Errors
 /// The first layer's that can't be opened lazily.
@@ -197,8 +200,10 @@ pub async fn open_all_layers(
     manifest: &Manifest,
     store: &Store,
     options: &OpenOptions,
+    claimed: &[DiffId],
 ) -> Result<Vec<Arc<LazyLayer>>, LayerError> {
     let layers = open_layers(&source, manifest, store, options).await;
+    claim(&layers, claimed);
     layers.into_iter().map(|opened| opened.layer).collect()
 }
 
@@ -363,20 +368,20 @@ impl LayerOpening {
             }
             let cache = store.layer(&directory, &layer, &index)?;
             store.note_origin(&directory, &name);
-            let verdict = Verdict::load(cache.directory());
-            Ok((index, cache, verdict))
+            let shared = cache.shared(index);
+            Ok((cache, shared))
         };
-        let (index, cache, verdict) = tokio::task::spawn_blocking(work)
+        let (cache, shared) = tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| LayerError::Interrupted { layer })?
             .map_err(|source| LayerError::Store { layer, source: Arc::new(source) })?;
-        if let Some(Verdict::Condemned(reason)) = verdict {
+        if let Some(Finding { verdict: Verdict::Condemned(reason), .. }) = shared.finding() {
             return Err(LayerError::Condemned { layer, reason });
         }
         Ok(Arc::new(LazyLayer {
             digest: layer,
             descriptor: self.descriptor,
-            index,
+            index: Arc::clone(&shared.index),
             opened,
             vouched,
             cache,
@@ -384,12 +389,13 @@ impl LayerOpening {
             schedule: Arc::clone(self.store.schedule()),
             policy: self.options.policy,
             limits: self.options.limits,
-            flights: Mutex::default(),
+            number: shared.number(),
+            landing: Arc::clone(&shared.landing),
+            shared,
             sequences: Mutex::default(),
             claimed: OnceLock::new(),
-            verdict: watch::Sender::new(verdict),
-            landing: AtomicUsize::new(0),
-            proving: AtomicBool::new(false),
+            also_claimed: OnceLock::new(),
+            proofs: Mutex::default(),
             counters: self.counters,
         }))
     }

@@ -33,9 +33,13 @@ use crate::{
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
     proof::{Finding, Verdict},
-    schedule::Urgency,
+    schedule::{Claim, Turn, Urgency},
     store::Store,
 };
+
+/// How often the end of a blob is held in memory while its table of contents is read: as it came, to be kept, and in one
+/// piece.
+const COPIES: u64 = 3;
 
 /// What must vouch for a layer's content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -282,7 +286,9 @@ impl LayerOpening {
         if length == 0 {
             return Ok(LayerError::NotLazy { layer, reason: "it is empty".to_owned() });
         }
-        let tail = self.fetch(BlobRange { start: BlobOffset(size - length), length }).await?;
+        let range = BlobRange { start: BlobOffset(size - length), length };
+        let _turn = self.turn(range).await;
+        let tail = self.fetch(range).await?;
         Ok(match footer::detect(&tail, size) {
             Some(Kind::Estargz | Kind::LegacyStargz) => {
                 LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION }
@@ -302,10 +308,12 @@ impl LayerOpening {
                 Start::Fetch(opening, range) => (*opening, range),
             };
             let refused = loop {
+                // Never two at once: who holds one and waits for another might wait for ever.
+                let mut turn = self.turn(range).await;
                 let bytes = self.fetch(range).await?;
+                turn.landed();
                 tail.extend_down(range, &bytes);
-                let supplied = bytes.clone();
-                match self.compute(move || opening.supply(&supplied)).await? {
+                match self.compute(move || opening.supply(&bytes)).await? {
                     Ok(Step::Read(next, next_range)) => (opening, range) = (next, next_range),
                     Ok(Step::Done(index, opened)) => return Ok(Indexed { index, opened, tail, fresh: true }),
                     Err(error) => break self.refused(error),
@@ -398,6 +406,13 @@ impl LayerOpening {
             proofs: Mutex::default(),
             counters: self.counters,
         }))
+    }
+
+    /// Waits for the right to fetch a range that ends where what is there of the blob begins, or with it, and for the memory
+    /// that all of it takes.
+    async fn turn(&self, range: BlobRange) -> Turn {
+        let bytes = self.descriptor.size.saturating_sub(range.start.0).saturating_mul(COPIES);
+        self.store.schedule().turn(Claim::new(Urgency::Demand, bytes)).await
     }
 
     async fn fetch(&self, range: BlobRange) -> Result<Bytes, LayerError> {

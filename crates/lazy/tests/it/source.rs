@@ -105,6 +105,10 @@ impl TestSource {
         *self.breaks_at.lock().unwrap() = Some(offset);
     }
 
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
     /// Waits until so many requests are held back.
     pub async fn held(&self, count: usize) {
         crate::until("a request", || self.waiting.load(Ordering::SeqCst) >= count).await;

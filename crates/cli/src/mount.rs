@@ -149,7 +149,7 @@ impl MountArguments {
         };
         // Whoever waits for a process in the foreground wants to hear of its end, and not have another one.
         let pager = if background {
-            self.engine.restarting(resume::note(&looked.document)?, self.log())
+            self.engine.restarting(resume::note(&looked.document, &opened.config().diff_ids)?, self.log())
         } else {
             self.engine.paging()
         };
@@ -172,7 +172,7 @@ impl MountArguments {
     /// Goes on where a process was killed that had been started with the same arguments. What is here is read without the
     /// registry.
     async fn take_over(&self, global: &Global, inherited: Inherited) -> anyhow::Result<Mounted> {
-        let document = resume::manifest(&inherited.note()?)?;
+        let (document, diff_ids) = resume::read(&inherited.note()?)?;
         let store = self.open.store()?;
         for data in inherited.data_files()? {
             store.adopt(data)?;
@@ -181,7 +181,7 @@ impl MountArguments {
         let manifest = document.manifest(&options.limits)?;
         let opening = async {
             let source = global.access.source(&self.image).await?;
-            anyhow::Ok(open_all_layers(source, &manifest, &store, &options).await?)
+            anyhow::Ok(open_all_layers(source, &manifest, &store, &options, &diff_ids).await?)
         };
         // Readers wait. Where this process gives up, the keeper refuses those who have waited long enough, and starts
         // another one.

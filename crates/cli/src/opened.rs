@@ -20,7 +20,7 @@ use loris_lazy::{
     Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
     documents::Remembering, open_image,
 };
-use loris_oci::{Document, ImageSource, platform};
+use loris_oci::{Document, ImageSource, document::ImageConfig, platform};
 
 use crate::{
     Global,
@@ -277,6 +277,11 @@ impl Opened {
     pub(crate) fn tree(&self) -> Tree {
         let indexes: Vec<_> = self.image.layers.iter().map(|layer| layer.index()).collect();
         Tree::merged(&indexes)
+    }
+
+    /// Returns the configuration.
+    pub(crate) fn config(&self) -> &ImageConfig {
+        &self.image.config
     }
 
     /// Returns the layers, the lowest first.

@@ -4,12 +4,13 @@
 //! at one of them has not seen the other. Here the tar's entries are compared with the nodes of the index: what they are,
 //! their attributes, and that each piece of content has the digest that the index knows it by.
 //!
-//! An entry that a later one replaces does not count; where an entry stands twice, the last one does. One difference is
+//! An entry that a later one replaces does not count; where an entry stands twice, the last one does. But an entry below
+//! what is no directory at that place is never forgiven: whoever unpacks follows a link there. One difference is
 //! forgiven, because every converter of today makes it: JSON has no text that is not UTF-8, and Go writes U+FFFD for each
 //! byte of a name that is none.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashSet},
     io::{self, Read},
 };
 
@@ -30,8 +31,14 @@ const MOST_DIFFERENCES: usize = 1000;
 /// Compares, and returns what differs: a sentence each, by path. Reads the archive to its end and nothing behind it.
 pub(crate) fn compare(archive: impl Read, index: &LayerIndex, limits: &Limits) -> io::Result<Vec<String>> {
     let mut archive = tar::Reader::new(archive, limits);
-    let mut comparison =
-        Comparison { index, seen: vec![false; index.nodes().len()], differences: BTreeMap::new(), more: 0 };
+    let mut comparison = Comparison {
+        index,
+        seen: vec![Seen::No; index.nodes().len()],
+        replaced: HashSet::new(),
+        differences: BTreeMap::new(),
+        lasting: None,
+        more: 0,
+    };
     while let Some(entry) = archive.next_entry().map_err(io::Error::other)? {
         let name = path::clean(&entry.path, limits).map_err(io::Error::other)?;
         // The format's own; the index has no node for it.
@@ -44,11 +51,24 @@ pub(crate) fn compare(archive: impl Read, index: &LayerIndex, limits: &Limits) -
     Ok(comparison.finish())
 }
 
+/// What the tar had last in the place of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    No,
+    Directory,
+    /// Nothing can stand below it. Whoever unpacks follows a link there, and writes elsewhere.
+    Other,
+}
+
 struct Comparison<'a> {
     index: &'a LayerIndex,
-    /// Which nodes the tar has.
-    seen: Vec<bool>,
+    /// What the tar has of the index's nodes.
+    seen: Vec<Seen>,
+    /// What is no directory in the tar, below a directory that a later entry has replaced.
+    replaced: HashSet<Vec<u8>>,
     differences: BTreeMap<Vec<u8>, String>,
+    /// A difference that no later entry makes good.
+    lasting: Option<String>,
     more: usize,
 }
 
@@ -64,14 +84,12 @@ impl Comparison<'_> {
     }
 
     fn finish(self) -> Vec<String> {
-        let shown = |(name, difference): (Vec<u8>, String)| {
-            format!("/{}: {difference}", name.escape_ascii().take(400).map(char::from).collect::<String>())
-        };
-        let mut differences: Vec<String> = self.differences.into_iter().map(shown).collect();
+        let mut differences: Vec<String> = self.lasting.into_iter().collect();
+        differences.extend(self.differences.into_iter().map(|(name, said)| format!("{}: {said}", shown(&name))));
         let unseen = (0..)
             .map(NodeId)
             .zip(&self.seen)
-            .find(|(id, seen)| !**seen && *id != NodeId::ROOT && !self.index.is_implied(*id));
+            .find(|(id, seen)| **seen == Seen::No && *id != NodeId::ROOT && !self.index.is_implied(*id));
         if let Some((id, _)) = unseen {
             differences.push(format!("{}: the index has it, the tar has not", path_of(self.index, id)));
         }
@@ -87,11 +105,18 @@ impl Comparison<'_> {
         name: &[u8],
         archive: &mut tar::Reader<R>,
     ) -> io::Result<Option<String>> {
+        if let Some(above) = self.no_directory_above(name)
+            && self.lasting.is_none()
+        {
+            let (name, above) = (shown(name), shown(above));
+            self.lasting = Some(format!("{name}: {above}, which it stands below, is no directory in the tar"));
+        }
+        let seen = if entry.kind == EntryKind::Directory { Seen::Directory } else { Seen::Other };
         let Some(id) = self.lookup(name) else {
-            let hidden = self.is_hidden(name);
-            return Ok((!hidden).then(|| "the tar has it, the index has not".to_owned()));
+            let is_hidden = self.is_hidden(name) && self.note_replaced(name, seen);
+            return Ok((!is_hidden).then(|| "the tar has it, the index has not".to_owned()));
         };
-        self.seen[id.0 as usize] = true;
+        self.seen[id.0 as usize] = seen;
         let node = self.index.node(id);
         if entry.kind == EntryKind::HardLink {
             let target = path::clean(&entry.link, &Limits::default()).ok().and_then(|link| self.lookup(&link));
@@ -110,16 +135,32 @@ impl Comparison<'_> {
         self.index.lookup(name).or_else(|| self.index.lookup(as_json(name)?.as_bytes()))
     }
 
+    /// Returns what is above an entry and no directory at this place in the tar.
+    fn no_directory_above<'n>(&self, name: &'n [u8]) -> Option<&'n [u8]> {
+        let parents = std::iter::successors(parent(name), |at| parent(at));
+        parents.into_iter().find(|parent| match self.lookup(parent) {
+            Some(id) => self.seen[id.0 as usize] == Seen::Other,
+            None => self.replaced.contains(*parent),
+        })
+    }
+
+    /// Remembers what a hidden entry was; says whether that could be done.
+    fn note_replaced(&mut self, name: &[u8], seen: Seen) -> bool {
+        if seen == Seen::Directory {
+            self.replaced.remove(name);
+        } else if self.replaced.len() < MOST_DIFFERENCES {
+            self.replaced.insert(name.to_owned());
+        } else {
+            return false;
+        }
+        true
+    }
+
     /// Says whether a later entry has put a file in the place of a directory above this one.
     fn is_hidden(&self, name: &[u8]) -> bool {
-        let mut at = name;
-        while let Some((parent, _)) = path::split_last(at).filter(|(parent, _)| !parent.is_empty()) {
-            if let Some(id) = self.lookup(parent) {
-                return !matches!(self.index.node(id).kind, NodeKind::Directory { .. });
-            }
-            at = parent;
-        }
-        false
+        let mut parents = std::iter::successors(parent(name), |at| parent(at));
+        let known = parents.find_map(|parent| self.lookup(parent));
+        known.is_some_and(|id| !matches!(self.index.node(id).kind, NodeKind::Directory { .. }))
     }
 
     fn content<R: Read>(
@@ -148,6 +189,14 @@ impl Comparison<'_> {
         }
         Ok(None)
     }
+}
+
+fn parent(name: &[u8]) -> Option<&[u8]> {
+    path::split_last(name).map(|(parent, _)| parent).filter(|parent| !parent.is_empty())
+}
+
+fn shown(name: &[u8]) -> String {
+    format!("/{}", name.escape_ascii().take(400).map(char::from).collect::<String>())
 }
 
 /// Returns what Go's JSON makes of bytes that are not UTF-8.

@@ -20,7 +20,7 @@ use std::{
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{
-        Mutex, OnceLock, PoisonError,
+        Arc, Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -38,6 +38,7 @@ use crate::{
     disk,
     error::StoreError,
     filled::{BootId, FilledMap, Header, Loaded, sha256},
+    shared::{AllShared, Shared},
     store::Store,
 };
 
@@ -62,6 +63,7 @@ pub(crate) struct LayerCache {
     file_length: u64,
     layout: [u8; 32],
     filled: FilledMap,
+    shared: AllShared,
     unsynced_bytes: AtomicU64,
     sync_wanted: AtomicBool,
     syncing: Mutex<()>,
@@ -73,6 +75,8 @@ pub(crate) struct LayerCache {
     opened: Instant,
     /// Seconds after `opened` in which it was last noted that the layer is in use.
     touched: AtomicU64,
+    /// Whether another process had it open too when it was opened.
+    beside: bool,
     /// Held shared until the end; the system gives it back when the file is closed.
     lock: File,
 }
@@ -95,7 +99,7 @@ impl LayerCache {
             data_length: index.data_length(),
             boot: BootId::current(),
         };
-        let (lock, data, filled) = Self::acquire(directory, &expected, store)?;
+        let (lock, data, filled, beside) = Self::acquire(directory, &expected, store)?;
         let data = match adopted {
             Some(adopted) if is_same_file(&adopted, &data).map_err(StoreError::file(directory))? => adopted,
             _ => data,
@@ -108,6 +112,7 @@ impl LayerCache {
             file_length: expected.file_length(),
             layout: expected.layout,
             filled,
+            shared: AllShared::default(),
             unsynced_bytes: AtomicU64::new(0),
             sync_wanted: AtomicBool::new(false),
             syncing: Mutex::new(()),
@@ -116,6 +121,7 @@ impl LayerCache {
             checked,
             opened: Instant::now(),
             touched: AtomicU64::new(0),
+            beside,
             lock,
         };
         cache.touch();
@@ -123,8 +129,13 @@ impl LayerCache {
         Ok(cache)
     }
 
-    /// Locks the directory and returns the lock, held shared, and the files in it, made anew where they are of no use.
-    fn acquire(directory: &Path, expected: &Expected, store: &Store) -> Result<(File, File, FilledMap), StoreError> {
+    /// Locks the directory and returns the lock, held shared, and the files in it, made anew where they are of no use. Says
+    /// with them whether somebody else holds the lock.
+    fn acquire(
+        directory: &Path,
+        expected: &Expected,
+        store: &Store,
+    ) -> Result<(File, File, FilledMap, bool), StoreError> {
         let lock_path = directory.join("lock");
         let mut attempts = 0..LOCK_ATTEMPTS;
         // Another process may be removing the directory: each step may find it gone.
@@ -149,7 +160,7 @@ impl LayerCache {
                     continue 'anew;
                 }
                 match Self::load(directory, expected, alone)? {
-                    Some((data, filled)) if !alone => return Ok((lock, data, filled)),
+                    Some((data, filled)) if !alone => return Ok((lock, data, filled, true)),
                     None if !alone => {
                         // Whoever was making the files may have died over it, and nobody is using them.
                         lock.unlock().map_err(StoreError::file(&lock_path))?;
@@ -170,7 +181,7 @@ impl LayerCache {
                             removals.next().ok_or_else(|| StoreError::InUse { path: directory.to_owned() })?;
                             continue 'anew;
                         }
-                        return Ok((lock, data, filled));
+                        return Ok((lock, data, filled, false));
                     }
                 }
             }
@@ -255,6 +266,8 @@ impl LayerCache {
         // What can't be read now is heeded later.
         if self.filled.heed().unwrap_or(false) {
             self.complete.send_replace(false);
+            self.tell_if_complete();
+            self.shared.all().iter().for_each(|shared| shared.hear(&self.directory));
         }
         self.filled.contains_all(extents.clone()) && self.unchecked(extents).is_none()
     }
@@ -289,6 +302,16 @@ impl LayerCache {
         self.filled.forget(extents.iter().copied())
     }
 
+    /// Returns what is one for all images in this process that have the layer.
+    pub(crate) fn shared(&self, index: LayerIndex) -> Arc<Shared> {
+        self.shared.get(index, &self.directory)
+    }
+
+    /// Lets other processes look at what was found out about the layer.
+    pub(crate) fn announce(&self) -> io::Result<()> {
+        self.filled.announce()
+    }
+
     pub(crate) fn store(&self) -> &Store {
         &self.store
     }
@@ -297,6 +320,10 @@ impl LayerCache {
     fn touch(&self) {
         // A time that can't be noted is that of an earlier use.
         let _ = self.lock.set_modified(SystemTime::now());
+    }
+
+    pub(crate) fn is_beside(&self) -> bool {
+        self.beside
     }
 
     pub(crate) fn lock(&self) -> &File {

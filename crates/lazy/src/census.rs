@@ -25,7 +25,7 @@ use crate::{
     digests::layer_key,
     error::StoreError,
     filled::Glimpse,
-    proof::Verdict,
+    proof::Finding,
     quota::allocated_below,
     store::Store,
 };
@@ -224,7 +224,7 @@ fn look(root: &Path, directory: &Path) -> Option<StoredLayer> {
         last_used,
         in_use,
         pinned: is_pinned(directory),
-        verdict: Verdict::load(directory).as_ref().map(Verdict::to_string),
+        verdict: Finding::load(directory).map(|finding| finding.verdict.to_string()),
     })
 }
 

@@ -85,7 +85,7 @@ pub async fn complete_all(layers: &[Arc<LazyLayer>], options: &Completion) -> Re
     }
     filled?;
     for layer in layers {
-        if let Some(Verdict::Condemned(reason)) = layer.proven().await {
+        if let Some(Verdict::Condemned(reason)) = layer.proven().await? {
             return Err(EnsureError::Condemned { layer: *layer.digest(), reason });
         }
     }

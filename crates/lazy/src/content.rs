@@ -20,7 +20,7 @@ use loris_format::{
 };
 
 use crate::{
-    cache::{LayerCache, NO_FOLLOW},
+    cache::{LayerCache, NO_FOLLOW, open_private},
     digests::{Place, layer_key},
     disk,
     error::EnsureError,
@@ -34,6 +34,8 @@ use crate::{
 const SMALL_FILES: u64 = 4 * DATA_ALIGNMENT;
 /// Bytes in memory while content is copied.
 const BUFFER_BYTES: usize = 512 << 10;
+/// The file in a layer's directory that says that content was copied to it: what stands around that was never seen.
+pub(crate) const COPIED: &str = "copied";
 /// Layers whose files are open while frames are filled.
 const SOURCES: usize = 32;
 
@@ -73,6 +75,7 @@ impl LazyLayer {
                 if right.is_empty() {
                     // Before the first write, which would hide that somebody has cut the file.
                     self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;
+                    open_private(&directory.join(COPIED)).map_err(|error| self.file_error(error))?;
                 }
                 match copier.copy(source.data(), place.data, extent, &digest, self.has_blocks(number)) {
                     Ok(true) => {
@@ -191,19 +194,46 @@ impl<'a> Copier<'a> {
         if self.shares && has_blocks && self.share(from, at, extent, digest) {
             return Ok(true);
         }
+        let Some(hashes) = self.read(from, at, extent, digest) else { return Ok(false) };
+        // What is small is still in the buffer.
+        if extent.length <= self.buffer.len() as u64 {
+            disk::write_all_at(self.to, &self.buffer[..part(extent.length, self.buffer.len())], extent.data.0)?;
+            return Ok(true);
+        }
         let mut hasher = digest.hasher();
         let mut done = 0;
-        while done < extent.length {
+        for expected in hashes {
             let part = part(extent.length - done, self.buffer.len());
             let bytes = &mut self.buffer[..part];
             if from.read_exact_at(bytes, at + done).is_err() {
                 return Ok(false);
             }
             hasher.update(bytes);
+            if hasher.clone().finish() != expected {
+                // It changed meanwhile.
+                return Ok(false);
+            }
             disk::write_all_at(self.to, bytes, extent.data.0 + done)?;
             done += part as u64;
         }
-        Ok(hasher.finish() == *digest)
+        Ok(true)
+    }
+
+    /// Reads an extent from where it is said to be, and returns the hash at the end of each piece of it; `None` where it is
+    /// not what it must be. Before anything is written: others may have filled the extent meanwhile, and read it.
+    fn read(&mut self, from: &File, at: u64, extent: &Extent, digest: &Digest) -> Option<Vec<Digest>> {
+        let mut hasher = digest.hasher();
+        let mut hashes = Vec::new();
+        let mut done = 0;
+        while done < extent.length {
+            let part = part(extent.length - done, self.buffer.len());
+            let bytes = &mut self.buffer[..part];
+            from.read_exact_at(bytes, at + done).ok()?;
+            hasher.update(bytes);
+            hashes.push(hasher.clone().finish());
+            done += part as u64;
+        }
+        (hasher.finish() == *digest).then_some(hashes)
     }
 
     /// Lets both files have the same blocks, and says whether what is in them is right, up to the end of the last block,
@@ -215,6 +245,10 @@ impl<'a> Copier<'a> {
             return false;
         }
         let Ok(whole) = usize::try_from(length) else { return false };
+        // Whoever reads the extent already must not see what is wrong.
+        if self.read(from, at, extent, digest).is_none() {
+            return false;
+        }
         let (mut from_at, mut to_at) = (at, extent.data.0);
         if !rustix::fs::copy_file_range(from, Some(&mut from_at), self.to, Some(&mut to_at), whole)
             .is_ok_and(|copied| copied == whole)
@@ -251,4 +285,49 @@ fn part(left: u64, most: usize) -> usize {
 fn shares_blocks(file: &File) -> bool {
     const MAGIC: [u64; 3] = [0x5846_5342, 0x9123_683e, 0xca45_1a4e];
     rustix::fs::fstatfs(file).is_ok_and(|found| MAGIC.contains(&(found.f_type as u64)))
+}
+
+#[cfg(test)]
+mod tests {
+    use loris_format::{
+        index::NodeId,
+        position::{DataOffset, FileOffset},
+    };
+
+    use super::*;
+
+    #[test]
+    fn what_is_wrong_is_never_written() {
+        for length in [100, BUFFER_BYTES, 3 * BUFFER_BYTES + 7] {
+            let right: Vec<u8> = (0..=250).cycle().take(length).collect();
+            let digest = Digest::sha256_of(&right);
+            let extent = Extent {
+                node: NodeId(1),
+                file_offset: FileOffset(0),
+                data: DataOffset(DATA_ALIGNMENT),
+                length: length as u64,
+                frame: FrameId(0),
+                frame_offset: 0,
+                digest: Some(digest),
+            };
+            let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+            from.write_all_at(&right, 5).unwrap();
+            from.write_all_at(&[right[length - 1] ^ 1], 5 + length as u64 - 1).unwrap();
+            // Another process has filled it already.
+            to.write_all_at(&right, DATA_ALIGNMENT).unwrap();
+            let mut copier = Copier::new(&to);
+            let mut copy = || copier.copy(&from, 5, &extent, &digest, false).unwrap();
+            assert!(!copy());
+            let read = || {
+                let mut bytes = vec![0; length];
+                to.read_exact_at(&mut bytes, DATA_ALIGNMENT).unwrap();
+                bytes
+            };
+            assert!(read() == right, "{length}");
+            from.write_all_at(&right, 5).unwrap();
+            to.set_len(0).unwrap();
+            assert!(copy());
+            assert!(read() == right, "{length}");
+        }
+    }
 }

@@ -110,6 +110,19 @@ pub enum EnsureError {
         /// What is wrong with it.
         reason: String,
     },
+    /// What the source has under the blob's digest is something else. Found out where a layer could not be proven.
+    #[error(
+        "layer {layer}: the blob that {place} has of that digest has the digest {found}; what was read of it so far was \
+             verified piece by piece"
+    )]
+    AnotherBlob {
+        /// The compressed blob.
+        layer: Digest,
+        /// Where it came from.
+        place: String,
+        /// The digest of what came.
+        found: Digest,
+    },
     /// The fetch was given up before it ended: the runtime it ran on is going away.
     #[error("layer {layer}: the fetch was interrupted")]
     Interrupted {
@@ -130,6 +143,7 @@ impl EnsureError {
             | Self::TooLarge { .. }
             | Self::File { .. }
             | Self::Quota { .. }
+            | Self::AnotherBlob { .. }
             | Self::Condemned { .. } => false,
         }
     }

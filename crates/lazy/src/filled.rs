@@ -321,7 +321,7 @@ impl FilledMap {
     }
 
     /// Gives up bits that another process has taken away. Looks into the file now and then, and never waits for whoever is
-    /// at it. Says whether any went.
+    /// at it. Says whether another process had something to say: it took bits away, or [announced](Self::announce).
     pub(crate) fn heed(&self) -> io::Result<bool> {
         let now = u64::try_from(self.opened.elapsed().as_millis()).unwrap_or(u64::MAX);
         if now.saturating_sub(self.heeded_ms.load(Ordering::Relaxed)) < HEED_MS {
@@ -340,17 +340,15 @@ impl FilledMap {
         let all = 0..self.words.len();
         let durable = self.read_words(file, Set::Durable, all.clone())?;
         let recent = self.read_words(file, Set::Recent, all)?;
-        let mut any = false;
         for (number, kept) in durable.iter().zip(&recent).map(|(durable, recent)| durable | recent).enumerate() {
             // Whatever is set here was set in the file first.
             let gone = self.words[number].load(Ordering::Acquire) & !kept;
             if gone != 0 {
                 self.clear(number, gone);
-                any = true;
             }
         }
         self.forgotten.store(forgotten, Ordering::Relaxed);
-        Ok(any)
+        Ok(true)
     }
 
     /// Returns the bits that are set and not yet durable, to be handed to [`FilledMap::make_durable`] once the data was
@@ -395,6 +393,11 @@ impl FilledMap {
             self.clear(number, bits);
         }
         self.erase(&file, &lost.0)
+    }
+
+    /// Lets other processes that use the file look at what else there is to know of the layer, the next time they heed.
+    pub(crate) fn announce(&self) -> io::Result<()> {
+        self.erase(&self.file(), &[])
     }
 
     fn file(&self) -> MutexGuard<'_, File> {

@@ -8,7 +8,7 @@ use std::{
     path::Path,
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
-        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -21,24 +21,26 @@ use loris_format::{
     position::{DataOffset, DataRange, FileOffset},
 };
 use loris_oci::{Descriptor, ImageSource, link::Link};
-use tokio::{runtime::Handle, sync::watch};
+use tokio::runtime::Handle;
 
 use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed, Wish},
     plan::{FetchPolicy, fetched_range, plan, windows},
-    proof::{Verdict, is_another, other_diff_id, prove},
+    proof::Verdict,
     recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
     sequence::Sequences,
+    shared::{Flying, Shared},
+    verdict::Proofs,
 };
 
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(2);
-/// Between attempts of a proof that needs a source which is away. Headers of the tar may be missing, never content.
-const PROOF_PAUSE_SECONDS: [u64; 3] = [1, 2, 4];
+pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
+pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// How often what another image was fetching is fetched by this one where that has failed.
+const FOREIGN_FAILURES: usize = 2;
 
 /// A layer: its index, where its blob is, and the local data file that holds what was needed so far.
 ///
@@ -49,7 +51,7 @@ const PROOF_PAUSE_SECONDS: [u64; 3] = [1, 2, 4];
 pub struct LazyLayer {
     pub(crate) digest: Digest,
     pub(crate) descriptor: Descriptor,
-    pub(crate) index: LayerIndex,
+    pub(crate) index: Arc<LayerIndex>,
     pub(crate) opened: Opened,
     pub(crate) vouched: bool,
     pub(crate) cache: Arc<LayerCache>,
@@ -57,17 +59,18 @@ pub struct LazyLayer {
     pub(crate) schedule: Arc<Schedule>,
     pub(crate) policy: FetchPolicy,
     pub(crate) limits: Limits,
-    pub(crate) flights: Mutex<HashMap<FrameId, Flight>>,
+    /// What it has in common with others of the same layer, and its number among them.
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) number: usize,
+    pub(crate) landing: Arc<AtomicUsize>,
     pub(crate) sequences: Mutex<Sequences>,
     /// Who takes note of what is read, and the layer's number for it.
     pub(crate) recorder: OnceLock<(usize, Arc<Recorder>)>,
-    /// The DiffID that the image's configuration has for the layer, where that was read.
+    /// The DiffID that the image's configuration has for the layer, where that was read; and another one, where the image
+    /// has the layer twice.
     pub(crate) claimed: OnceLock<DiffId>,
-    pub(crate) verdict: watch::Sender<Option<Verdict>>,
-    /// Requests that are being decoded: what the proof needs is written after what readers wait for.
-    pub(crate) landing: AtomicUsize,
-    /// Whether somebody is finding out.
-    pub(crate) proving: AtomicBool,
+    pub(crate) also_claimed: OnceLock<DiffId>,
+    pub(crate) proofs: Mutex<Proofs>,
     pub(crate) counters: Counters,
 }
 
@@ -179,11 +182,12 @@ impl LazyLayer {
         self.cache.layout()
     }
 
-    /// Says whether a range of the data file is there and may be read. Takes no lock but where the layer is whole.
-    /// Padding between files is always there.
+    /// Says whether a range of the data file is there and may be read. Takes no lock but where something was found out about
+    /// the layer. Padding between files is always there.
     #[must_use]
     pub fn is_filled(&self, range: &DataRange) -> bool {
-        self.cache.has(self.index.extents_in(range)) && !(self.is_whole() && self.is_condemned())
+        // In this order: what is condemned elsewhere is heard of in the first.
+        self.cache.has(self.index.extents_in(range)) && !self.is_condemned()
     }
 
     /// Says whether every extent is there.
@@ -196,92 +200,19 @@ impl LazyLayer {
     /// more.
     #[must_use]
     pub fn is_complete(&self) -> bool {
-        self.is_whole() && matches!(&*self.verdict.borrow(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
+        self.is_whole() && matches!(self.verdict(), Some(Verdict::Sound(_) | Verdict::Unproven(_)))
     }
 
     /// Says whether that outlives the machine too: until then, a disk that fails may take some of it back.
     #[must_use]
     pub fn is_on_disk(&self) -> bool {
-        self.is_complete() && self.cache.filled().volatile().is_empty()
+        self.is_complete() && self.is_durable()
     }
 
-    /// Returns what was found out about the layer once it was whole; `None` before.
+    /// Says whether all that is here is on the disk, and survives a power failure.
     #[must_use]
-    pub fn verdict(&self) -> Option<Verdict> {
-        self.verdict.borrow().clone()
-    }
-
-    /// Returns the DiffID that the image's configuration has for the layer, where it is known.
-    #[must_use]
-    pub fn claimed(&self) -> Option<&DiffId> {
-        self.claimed.get()
-    }
-
-    fn is_condemned(&self) -> bool {
-        matches!(&*self.verdict.borrow(), Some(Verdict::Condemned(_)))
-    }
-
-    fn check_verdict(&self) -> Result<(), EnsureError> {
-        match &*self.verdict.borrow() {
-            Some(Verdict::Condemned(reason)) => {
-                Err(EnsureError::Condemned { layer: self.digest, reason: reason.clone() })
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Takes in a DiffID that the image claims. An image that claims another than was found is served nothing.
-    pub fn claim_diff_id(&self, claimed: &DiffId) {
-        let _ = self.claimed.set(*claimed);
-        let verdict = self.verdict();
-        if let Some(Verdict::Sound(found)) = verdict {
-            self.pronounce(Verdict::Sound(found));
-        }
-    }
-
-    /// Takes in what was found out.
-    fn pronounce(&self, verdict: Verdict) {
-        let verdict = match (verdict, self.claimed()) {
-            (Verdict::Sound(found), Some(claimed)) if is_another(claimed, &found) => {
-                Verdict::Condemned(other_diff_id(&found.0, &claimed.0))
-            }
-            (verdict, _) => verdict,
-        };
-        if let Verdict::Condemned(reason) = &verdict {
-            Counters::add(&self.counters.errors, 1);
-            tracing::error!(layer = %self.digest, source = %self.source.name(), %reason,
-                "the layer is not what it claims to be, and is not served any more");
-        }
-        self.verdict.send_replace(Some(verdict));
-    }
-
-    /// Begins to find out what the layer is, where it is whole and nobody has begun.
-    pub(crate) fn prove_when_whole(self: &Arc<Self>) {
-        if !self.is_whole()
-            || self.landing.load(Ordering::Acquire) > 0
-            || self.verdict.borrow().is_some()
-            || self.proving.swap(true, Ordering::AcqRel)
-        {
-            return;
-        }
-        let layer = Arc::clone(self);
-        tokio::spawn(async move {
-            for pause in PROOF_PAUSE_SECONDS {
-                let (proven, runtime) = (Arc::clone(&layer), Handle::current());
-                let proof = tokio::task::spawn_blocking(move || prove(&proven, &runtime)).await;
-                match proof.unwrap_or(Err(EnsureError::Interrupted { layer: layer.digest })) {
-                    Ok(verdict) => return layer.pronounce(verdict),
-                    // Found damaged, and forgotten: it will be whole another time.
-                    Err(EnsureError::Mismatch { .. }) => return layer.proving.store(false, Ordering::Release),
-                    Err(error) if error.is_transient() => {
-                        tracing::debug!(%error, "a layer can't be proven at the moment");
-                    }
-                    Err(error) => return layer.pronounce(Verdict::Unproven(error.to_string())),
-                }
-                tokio::time::sleep(Duration::from_secs(pause)).await;
-            }
-            layer.pronounce(Verdict::Unproven("the source was away".to_owned()));
-        });
+    pub fn is_durable(&self) -> bool {
+        self.cache.filled().volatile().is_empty()
     }
 
     /// Fills a range of the data file: fetches what is missing, decodes and verifies it, writes it, publishes it. When it
@@ -298,10 +229,14 @@ impl LazyLayer {
     /// Where it is polled outside of a Tokio runtime, which the fetch runs on.
     pub async fn ensure(self: &Arc<Self>, range: DataRange) -> Result<(), EnsureError> {
         self.check_verdict()?;
+        if self.shared.is_known() {
+            // Something else may have been found than this image claims.
+            self.prove_when_whole();
+        }
         self.touched(&range, &Handle::current());
         let extents = self.index.extents_in(&range);
         if self.cache.has(extents.clone()) {
-            return Ok(());
+            return self.check_verdict();
         }
         let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         // Another process may have fetched it.
@@ -314,14 +249,24 @@ impl LazyLayer {
         Counters::add(&self.counters.waits, 1);
         let began = Instant::now();
         let mut outcome = self.filled(&frames, &extents).await;
-        let is_wrong = |error: &EnsureError| matches!(error, EnsureError::Mismatch { .. } | EnsureError::Decode { .. });
+        for _ in 0..FOREIGN_FAILURES {
+            if !matches!(outcome, Err((_, by)) if by != self.number) {
+                break;
+            }
+            // Another image's source is not this one's.
+            outcome = self.filled(&frames, &extents).await;
+        }
+        let is_wrong = |(error, _): &(EnsureError, usize)| {
+            matches!(error, EnsureError::Mismatch { .. } | EnsureError::Decode { .. })
+        };
         if outcome.as_ref().is_err_and(is_wrong) && self.distrust(&frames) {
             // Somebody else may have the right bytes.
             outcome = self.filled(&frames, &extents).await;
         }
         let waited = began.elapsed().as_nanos();
         Counters::add(&self.counters.waited_nanos, u64::try_from(waited).unwrap_or(u64::MAX));
-        outcome
+        outcome.map_err(|(error, _)| error)?;
+        self.check_verdict()
     }
 
     /// Tells the source that what it sent of some frames is wrong; says whether it can ask somebody else.
@@ -333,12 +278,17 @@ impl LazyLayer {
         })
     }
 
-    /// Waits for frames; what is refused in them is an error only in `extents`.
-    async fn filled(self: &Arc<Self>, frames: &[FrameId], extents: &std::ops::Range<usize>) -> Result<(), EnsureError> {
-        for flight in self.take_off(frames)? {
-            let landed = self.landing(flight).await?;
+    /// Waits for frames; what is refused in them is an error only in `extents`. An error comes with the number of whoever
+    /// was to bring the frame.
+    async fn filled(
+        self: &Arc<Self>,
+        frames: &[FrameId],
+        extents: &std::ops::Range<usize>,
+    ) -> Result<(), (EnsureError, usize)> {
+        for (flight, by) in self.take_off(frames).map_err(|error| (error, self.number))? {
+            let landed = self.landing(flight).await.map_err(|error| (error, by))?;
             if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
-                return Err(refusal.error.clone());
+                return Err((refusal.error.clone(), by));
             }
         }
         Ok(())
@@ -393,38 +343,6 @@ impl LazyLayer {
         }
     }
 
-    /// Waits until everything is there and nothing was found wrong with it, which may be never. What other processes fill
-    /// counts only once this one has heard of it.
-    ///
-    /// # Panics
-    /// As [`LazyLayer::ensure`].
-    pub async fn completed(self: &Arc<Self>) {
-        loop {
-            self.cache.completed().await;
-            match self.proven().await {
-                Some(Verdict::Condemned(_)) => std::future::pending().await,
-                Some(_) => return,
-                // It was damaged, and is not whole any more.
-                None => tokio::time::sleep(FIRST_PAUSE).await,
-            }
-        }
-    }
-
-    /// Waits for what is found out about a layer that is whole; `None` where it is not.
-    pub(crate) async fn proven(self: &Arc<Self>) -> Option<Verdict> {
-        let mut verdict = self.verdict.subscribe();
-        loop {
-            if let Some(verdict) = verdict.borrow_and_update().clone() {
-                return Some(verdict);
-            }
-            if !self.is_whole() {
-                return None;
-            }
-            self.prove_when_whole();
-            let _ = tokio::time::timeout(LONGEST_PAUSE, verdict.changed()).await;
-        }
-    }
-
     /// Checks that the data file is as long as it should be. Where someone has cut it, what is gone is forgotten, to be
     /// fetched again when it is needed, and the file is made as long again.
     ///
@@ -441,6 +359,13 @@ impl LazyLayer {
     /// Where it is another file.
     pub fn fill_through(&self, data: File) -> io::Result<()> {
         self.cache.fill_through(data)
+    }
+
+    /// Says whether another process had the layer open when this one opened it. It may have its data file watched, and be
+    /// asked before each write to it unless that is [done otherwise](LazyLayer::fill_through).
+    #[must_use]
+    pub fn is_open_elsewhere(&self) -> bool {
+        self.cache.is_beside()
     }
 
     /// Returns the files that hold the layer's place in the store while its process is away: the data file, and the lock
@@ -567,7 +492,8 @@ impl LazyLayer {
     pub(crate) async fn landed(&self, count: usize) -> Result<(), EnsureError> {
         let flights: Vec<Flight> = {
             let flights = self.flights();
-            flights.iter().filter(|(frame, _)| (frame.0 as usize) < count).map(|(_, flight)| flight.clone()).collect()
+            let of_first = flights.iter().filter(|(frame, _)| (frame.0 as usize) < count);
+            of_first.map(|(_, flying)| flying.flight.clone()).collect()
         };
         let mut result = Ok(());
         for flight in flights {
@@ -603,7 +529,7 @@ impl LazyLayer {
             });
             wanted
         };
-        for flight in self.send(&wanted, &policy, Admission::Granted(turn)) {
+        for (flight, _) in self.send(&wanted, &policy, Admission::Granted(turn)) {
             let outcome = self.landing(flight).await.and_then(|landed| match landed.refused.first() {
                 Some(refusal) => Err(refusal.error.clone()),
                 None => Ok(()),
@@ -615,7 +541,7 @@ impl LazyLayer {
 
     /// Sends off what has to be fetched for `frames` (sorted, without repetition), for somebody who waits, and returns a
     /// flight to wait for for each that is not here.
-    fn take_off(self: &Arc<Self>, frames: &[FrameId]) -> Result<VecDeque<Flight>, EnsureError> {
+    fn take_off(self: &Arc<Self>, frames: &[FrameId]) -> Result<VecDeque<(Flight, usize)>, EnsureError> {
         for &frame in frames {
             self.check_size(frame)?;
         }
@@ -635,7 +561,12 @@ impl LazyLayer {
             && node(self.index.extents_of(frame).last()) == node(self.index.extents_of(next).first())
     }
 
-    fn send(self: &Arc<Self>, frames: &[FrameId], policy: &FetchPolicy, admission: Admission) -> VecDeque<Flight> {
+    fn send(
+        self: &Arc<Self>,
+        frames: &[FrameId],
+        policy: &FetchPolicy,
+        admission: Admission,
+    ) -> VecDeque<(Flight, usize)> {
         let mut awaited = VecDeque::new();
         let mut requests = Vec::new();
         let is_demand = matches!(admission, Admission::Demanded);
@@ -643,11 +574,11 @@ impl LazyLayer {
             let mut flights = self.flights();
             let mut wanted = Vec::new();
             for &frame in frames {
-                if let Some(flight) = flights.get(&frame) {
+                if let Some(flying) = flights.get(&frame) {
                     if is_demand {
-                        flight.hurry();
+                        flying.flight.hurry();
                     }
-                    awaited.push_back(flight.clone());
+                    awaited.push_back((flying.flight.clone(), flying.by));
                 } else if !self.has_frame(frame) {
                     // Whoever lands a frame publishes it before it gives up its place, so that it can't be missed.
                     wanted.push(frame);
@@ -662,10 +593,10 @@ impl LazyLayer {
                 for &frame in &request.frames {
                     let (ticket, flight) = Flight::new(frame, &wish);
                     if wanted.binary_search(&frame).is_ok() {
-                        awaited.push_back(flight.clone());
+                        awaited.push_back((flight.clone(), self.number));
                         is_wanted = true;
                     }
-                    flights.insert(frame, flight);
+                    flights.insert(frame, Flying { flight, by: self.number });
                     tickets.push_back(ticket);
                 }
                 requests.push((request, Flights::new(Arc::clone(self), tickets, wish), is_wanted));
@@ -703,9 +634,9 @@ impl LazyLayer {
         &self.index.extents()[number]
     }
 
-    pub(crate) fn flights(&self) -> MutexGuard<'_, HashMap<FrameId, Flight>> {
+    pub(crate) fn flights(&self) -> MutexGuard<'_, HashMap<FrameId, Flying>> {
         // Each change of the map is one insertion or removal: nothing is half done where a holder panics.
-        self.flights.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared.flights.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn file_error(&self, source: io::Error) -> EnsureError {

@@ -64,7 +64,9 @@ pub mod recorded;
 mod rest;
 mod schedule;
 mod sequence;
+mod shared;
 pub mod store;
+mod verdict;
 
 pub use census::{StoredLayer, Totals};
 pub use complete::{Completion, complete, complete_all, prefetch, prefetch_in_order};

@@ -3,16 +3,13 @@
 
 use std::{
     collections::HashMap,
-    sync::{
-        Arc, Mutex, OnceLock,
-        atomic::{AtomicBool, AtomicUsize},
-    },
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use bytes::Bytes;
 use futures_util::{StreamExt as _, stream};
 use loris_format::{
-    digest::Digest,
+    digest::{DiffId, Digest},
     estargz::{
         footer::{self, DETECT_BYTES, FooterError, Kind},
         open::{self as estargz, Opened, Opening, Step},
@@ -29,17 +26,20 @@ use loris_oci::{
     Descriptor, ImageSource,
     document::{ImageConfig, Manifest},
 };
-use tokio::sync::watch;
 
 use crate::{
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
-    proof::Verdict,
-    schedule::Urgency,
+    proof::{Finding, Verdict},
+    schedule::{Claim, Turn, Urgency},
     store::Store,
 };
+
+/// How often the end of a blob is held in memory while its table of contents is read: as it came, to be kept, and in one
+/// piece.
+const COPIES: u64 = 3;
 
 /// What must vouch for a layer's content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -130,12 +130,18 @@ pub async fn open_image(
     let (config, layers) =
         tokio::join!(open_config(&*source, manifest, options), open_layers(&source, manifest, store, options));
     let config = config?;
-    for (opened, diff_id) in layers.iter().zip(&config.diff_ids) {
+    claim(&layers, &config.diff_ids);
+    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
+}
+
+fn claim(layers: &[OpenedLayer], diff_ids: &[DiffId]) {
+    for (opened, diff_id) in layers.iter().zip(diff_ids) {
         if let Ok(layer) = &opened.layer {
             layer.claim_diff_id(diff_id);
+            // Where something else was found at another time.
+            layer.prove_when_whole();
         }
     }
-    Ok(OpenedImage { layers, manifest: manifest.clone(), config })
 }
 
 async fn open_config(
@@ -185,7 +191,8 @@ async fn open_layers(
 }
 
 /// Opens the layers of an image whose configuration is not needed, side by side. Where all of them are in the store, with
-/// their tables of contents, the source is not asked for anything.
+/// their tables of contents, the source is not asked for anything. `claimed` are the DiffIDs that the configuration is known
+/// to have for them, if it is: the lowest layer's first.
 ///
 /// # Errors
 /// The first layer's that can't be opened lazily.
@@ -197,8 +204,10 @@ pub async fn open_all_layers(
     manifest: &Manifest,
     store: &Store,
     options: &OpenOptions,
+    claimed: &[DiffId],
 ) -> Result<Vec<Arc<LazyLayer>>, LayerError> {
     let layers = open_layers(&source, manifest, store, options).await;
+    claim(&layers, claimed);
     layers.into_iter().map(|opened| opened.layer).collect()
 }
 
@@ -277,7 +286,9 @@ impl LayerOpening {
         if length == 0 {
             return Ok(LayerError::NotLazy { layer, reason: "it is empty".to_owned() });
         }
-        let tail = self.fetch(BlobRange { start: BlobOffset(size - length), length }).await?;
+        let range = BlobRange { start: BlobOffset(size - length), length };
+        let _turn = self.turn(range).await;
+        let tail = self.fetch(range).await?;
         Ok(match footer::detect(&tail, size) {
             Some(Kind::Estargz | Kind::LegacyStargz) => {
                 LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION }
@@ -297,10 +308,12 @@ impl LayerOpening {
                 Start::Fetch(opening, range) => (*opening, range),
             };
             let refused = loop {
+                // Never two at once: who holds one and waits for another might wait for ever.
+                let mut turn = self.turn(range).await;
                 let bytes = self.fetch(range).await?;
+                turn.landed();
                 tail.extend_down(range, &bytes);
-                let supplied = bytes.clone();
-                match self.compute(move || opening.supply(&supplied)).await? {
+                match self.compute(move || opening.supply(&bytes)).await? {
                     Ok(Step::Read(next, next_range)) => (opening, range) = (next, next_range),
                     Ok(Step::Done(index, opened)) => return Ok(Indexed { index, opened, tail, fresh: true }),
                     Err(error) => break self.refused(error),
@@ -363,20 +376,20 @@ impl LayerOpening {
             }
             let cache = store.layer(&directory, &layer, &index)?;
             store.note_origin(&directory, &name);
-            let verdict = Verdict::load(cache.directory());
-            Ok((index, cache, verdict))
+            let shared = cache.shared(index);
+            Ok((cache, shared))
         };
-        let (index, cache, verdict) = tokio::task::spawn_blocking(work)
+        let (cache, shared) = tokio::task::spawn_blocking(work)
             .await
             .map_err(|_| LayerError::Interrupted { layer })?
             .map_err(|source| LayerError::Store { layer, source: Arc::new(source) })?;
-        if let Some(Verdict::Condemned(reason)) = verdict {
+        if let Some(Finding { verdict: Verdict::Condemned(reason), .. }) = shared.finding() {
             return Err(LayerError::Condemned { layer, reason });
         }
         Ok(Arc::new(LazyLayer {
             digest: layer,
             descriptor: self.descriptor,
-            index,
+            index: Arc::clone(&shared.index),
             opened,
             vouched,
             cache,
@@ -384,15 +397,23 @@ impl LayerOpening {
             schedule: Arc::clone(self.store.schedule()),
             policy: self.options.policy,
             limits: self.options.limits,
-            flights: Mutex::default(),
+            number: shared.number(),
+            landing: Arc::clone(&shared.landing),
+            shared,
             sequences: Mutex::default(),
             recorder: OnceLock::new(),
             claimed: OnceLock::new(),
-            verdict: watch::Sender::new(verdict),
-            landing: AtomicUsize::new(0),
-            proving: AtomicBool::new(false),
+            also_claimed: OnceLock::new(),
+            proofs: Mutex::default(),
             counters: self.counters,
         }))
+    }
+
+    /// Waits for the right to fetch a range that ends where what is there of the blob begins, or with it, and for the memory
+    /// that all of it takes.
+    async fn turn(&self, range: BlobRange) -> Turn {
+        let bytes = self.descriptor.size.saturating_sub(range.start.0).saturating_mul(COPIES);
+        self.store.schedule().turn(Claim::new(Urgency::Demand, bytes)).await
     }
 
     async fn fetch(&self, range: BlobRange) -> Result<Bytes, LayerError> {

@@ -4,19 +4,28 @@
 //! extent. Two things nobody can know before everything is here: that the whole has the DiffID of the image's
 //! configuration, and that the table of contents says the same as the tar, which everyone else unpacks. So when the last
 //! extent is filled, the tar is put together again, out of the data file and the `rest`, hashed, and
-//! compared with the index. What comes out is kept in the file `verdict` in the layer's directory:
+//! compared with the index.
+//!
+//! Nothing vouches for the `rest`: whoever served the blob can have made up what stands between the extents. So where
+//! something is wrong, the blob is read once more, as a whole, from elsewhere where there is an elsewhere, and condemned is
+//! only what has the blob's digest. What has not is no verdict, and is tried again later.
+//!
+//! What comes out is kept in the file `verdict` in the layer's directory:
 //!
 //! ```text
 //! loris verdict 1
 //! sound sha256:...        its DiffID
+//! of the blob
 //! ```
 //!
-//! or, in the second line, `condemned` and the reason. A condemned layer is not served any more, by any process.
+//! or, in the second line, `condemned` and the reason. The third line is there where the blob had its digest. A condemned
+//! layer is not served any more, by any process: one that has it open looks at the file when the bitmap's counter changes.
+//! What an image claims is no part of the finding: another one may claim what is true.
 
 use std::{
+    cell::RefCell,
     collections::VecDeque,
     io::{self, Read, Write as _},
-    os::unix::fs::FileExt as _,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -28,31 +37,38 @@ use loris_format::{
     index::FrameId,
     position::{BlobOffset, BlobRange},
 };
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, time::Instant};
 
 use crate::{
     agreement,
     cache::Tail,
+    content::COPIED,
     error::{EnsureError, StoreError, path_of},
     layer::LazyLayer,
-    rest::Rest,
+    recheck::{HASH_BYTES, hashes_to},
+    rest::{self, Rest},
+    schedule::{Claim, Turn, Urgency},
 };
 
 /// What is read of the blob at once, where something is missing.
 const PIECE_BYTES: u64 = 1 << 20;
-/// What a proof may fetch, or a sixteenth of the blob.
+/// What a proof may fetch of frames whose content was copied, or a sixteenth of the blob.
 const MOST_ABSENT_BYTES: u64 = 1 << 20;
 /// Most bytes of a verdict: a reason is a few lines.
 const MOST_VERDICT_BYTES: u64 = 16 << 10;
+/// How many places a blob is read from before the proof is put off.
+const MOST_PLACES: usize = 4;
+/// Frames that are larger when decoded are counted as memory.
+const SMALL_FRAME_BYTES: u64 = 1 << 20;
 const VERSION: &str = "loris verdict 1";
+const OF_BLOB: &str = "of the blob";
 
 /// What is known of a layer that is whole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// Its tar has this DiffID, and agrees with the index.
     Sound(DiffId),
-    /// It could not be put together: what is missing can't be had, or costs too much. Every extent has its digest all the
-    /// same.
+    /// It could not be put together: what is missing costs too much. Every extent has its digest all the same.
     Unproven(String),
     /// It is not what it claims to be.
     Condemned(String),
@@ -68,31 +84,56 @@ impl std::fmt::Display for Verdict {
     }
 }
 
-impl Verdict {
-    /// Reads the verdict of an earlier time. What can't be read is none: the layer is proven again.
+/// What was found out about a layer, whatever images claim.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Finding {
+    pub(crate) verdict: Verdict,
+    /// Whether it was found out from bytes that have the blob's digest. Nothing is condemned without.
+    pub(crate) of_blob: bool,
+}
+
+impl Finding {
+    /// Says how much it is worth: what is less replaces nothing.
+    pub(crate) fn certainty(&self) -> u8 {
+        match self.verdict {
+            Verdict::Unproven(_) => 0,
+            _ if !self.of_blob => 1,
+            _ => 2,
+        }
+    }
+
+    /// Reads what was found out at an earlier time. What can't be read is nothing: the layer is proven again.
     pub(crate) fn load(directory: &Path) -> Option<Self> {
         let file = crate::cache::open_existing(&directory.join("verdict")).ok()?;
         let mut text = String::new();
         file.take(MOST_VERDICT_BYTES).read_to_string(&mut text).ok()?;
-        let (version, rest) = text.split_once('\n')?;
+        let mut lines = text.lines();
         // A newer verdict that this version can't read is proven again, and replaced.
-        let (word, detail) = (version == VERSION).then(|| rest.split_once(' '))??;
-        match word {
-            "sound" => Some(Self::Sound(DiffId(detail.trim_end().parse().ok()?))),
-            "condemned" => Some(Self::Condemned(detail.trim_end().to_owned())),
-            _ => None,
-        }
+        let version = lines.next()?;
+        let (word, detail) = (version == VERSION).then(|| lines.next()?.split_once(' '))??;
+        let of_blob = lines.next() == Some(OF_BLOB);
+        let verdict = match word {
+            "sound" => Verdict::Sound(DiffId(detail.parse().ok()?)),
+            "condemned" if of_blob => Verdict::Condemned(detail.to_owned()),
+            _ => return None,
+        };
+        Some(Self { verdict, of_blob })
     }
 
     /// Saves it in one step; nothing where nothing was found out.
     fn save(&self, directory: &Path) -> Result<(), StoreError> {
-        if let Self::Unproven(_) = self {
+        if let Verdict::Unproven(_) = self.verdict {
             return Ok(());
         }
         let path = directory.join("verdict");
+        // A name in a reason must not look like a line.
+        let line = self.verdict.to_string().replace(char::is_control, " ");
         let write = || {
             let mut file = tempfile::Builder::new().prefix(".verdict-").tempfile_in(directory)?;
-            write!(file, "{VERSION}\n{self}\n")?;
+            writeln!(file, "{VERSION}\n{line}")?;
+            if self.of_blob {
+                writeln!(file, "{OF_BLOB}")?;
+            }
             // Else a power failure might leave a name without content, and with it what was condemned be trusted again.
             file.as_file().sync_data()?;
             file.persist(&path).map_err(|error| error.error)
@@ -101,49 +142,128 @@ impl Verdict {
     }
 }
 
-/// Puts a layer that is whole together and says what it is. Blocks, for the source too where something is missing.
+/// Finds out what a layer is that is whole. Blocks, for the source too where something is missing.
 ///
 /// # Errors
-/// Where the disk or the source fails, or the data file was damaged: what was is forgotten then, to be fetched again.
-pub(crate) fn prove(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Verdict, EnsureError> {
+/// Where the disk or the source fails, the source has another blob, or the data file was damaged: what was is forgotten
+/// then, to be fetched again.
+pub(crate) fn prove(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Finding, EnsureError> {
+    let directory = layer.directory();
+    let settles = |finding: &Finding| layer.judge(finding).is_some();
+    // Another process may have been at it, and has taken away then what is needed for it.
+    let known = Finding::load(directory).or_else(|| layer.shared.finding());
+    let finding = match known {
+        Some(known) if settles(&known) => return Ok(known),
+        // This image claims something else.
+        Some(_) => of_blob(layer, runtime)?,
+        None => match in_pieces(layer, runtime)? {
+            Verdict::Unproven(reason) => {
+                let unproven = Finding { verdict: Verdict::Unproven(reason), of_blob: false };
+                return Ok(Finding::load(directory).filter(settles).unwrap_or(unproven));
+            }
+            verdict @ Verdict::Sound(_) if settles(&Finding { verdict: verdict.clone(), of_blob: false }) => {
+                Finding { verdict, of_blob: false }
+            }
+            found => {
+                tracing::warn!(layer = %layer.digest(), %found, "not what it should be; reading all of the blob again");
+                // A disk that does not keep what is written must not condemn a layer for ever.
+                check_data_file(layer)?;
+                of_blob(layer, runtime)?
+            }
+        },
+    };
+    match finding.save(directory) {
+        // It has served.
+        Ok(()) => drop(std::fs::remove_file(directory.join("rest"))),
+        Err(error) => tracing::warn!(%error, "a verdict could not be kept"),
+    }
+    if finding.of_blob
+        && let Err(error) = layer.cache.announce()
+    {
+        tracing::warn!(layer = %layer.digest(), %error, "other processes do not hear of a verdict");
+    }
+    Ok(finding)
+}
+
+/// Puts the layer's tar together, out of what is here where that can be done. What is wrong with it may be the fault of
+/// whoever has sent what stands between the extents.
+fn in_pieces(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Verdict, EnsureError> {
     let failure = Arc::default();
     let stream = TarStream::new(layer, runtime, &failure).map_err(|error| layer.file_error(error))?;
-    let absent = stream.absent_bytes();
+    let absent = stream.unseen_bytes();
     if absent > MOST_ABSENT_BYTES.max(layer.descriptor().size / 16) {
-        // As where content was found in other layers of the store: what stands around it was never seen.
         return Ok(Verdict::Unproven(format!("{absent} bytes of the blob would have to be fetched for it")));
     }
-    let mut hashed = Hashed { inner: stream, hasher: Hasher::sha256() };
+    let verdict = examine(layer, stream);
+    match take(&failure) {
+        Some(error) => Err(error),
+        None => Ok(verdict),
+    }
+}
+
+/// Reads all of the blob, until what comes has its digest.
+fn of_blob(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Finding, EnsureError> {
+    let size = layer.descriptor().size;
+    for _ in 1..MOST_PLACES {
+        match of_blob_once(layer, runtime) {
+            // Somebody else may have the right one.
+            Err(EnsureError::AnotherBlob { .. }) if layer.source.distrust_range(layer.descriptor(), 0..size) => {}
+            outcome => return outcome,
+        }
+    }
+    of_blob_once(layer, runtime)
+}
+
+fn of_blob_once(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Finding, EnsureError> {
+    let failure = Failure::default();
+    let reader = BlobReader {
+        layer: Arc::clone(layer),
+        runtime: runtime.clone(),
+        failure: Arc::clone(&failure),
+        tail: Arc::default(),
+        left: BlobRange { start: BlobOffset(0), length: layer.descriptor().size },
+        piece: Bytes::new(),
+    };
+    let blob = RefCell::new(Hashed { inner: reader, hasher: layer.digest().hasher() });
+    let verdict = match Decoder::new(Lent(&blob)) {
+        Ok(tar) => examine(layer, tar),
+        Err(error) => unreadable(&io::Error::other(error)),
+    };
+    if let Some(error) = take(&failure) {
+        return Err(error);
+    }
+    // What comes behind the damage belongs to the blob.
+    let read = io::copy(&mut Lent(&blob), &mut io::sink());
+    if let Some(error) = take(&failure) {
+        return Err(error);
+    }
+    read.map_err(|error| layer.file_error(error))?;
+    let found = blob.into_inner().hasher.finish();
+    if found != *layer.digest() {
+        return Err(EnsureError::AnotherBlob { layer: *layer.digest(), place: layer.source.name(), found });
+    }
+    Ok(Finding { verdict, of_blob: true })
+}
+
+/// Compares a tar with the layer's index, and hashes it.
+fn examine(layer: &LazyLayer, tar: impl Read) -> Verdict {
+    let mut hashed = Hashed { inner: tar, hasher: Hasher::sha256() };
     let found = agreement::compare(&mut hashed, layer.index(), &layer.limits).and_then(|differences| {
         io::copy(&mut hashed, &mut io::sink())?;
         Ok(differences)
     });
-    if let Some(error) = failure.lock().unwrap_or_else(PoisonError::into_inner).take() {
-        return Err(error);
-    }
-    let verdict = match found {
+    match found {
         Ok(differences) => match differences.first() {
             None => Verdict::Sound(DiffId(hashed.hasher.finish())),
             Some(first) if differences.len() == 1 => Verdict::Condemned(first.clone()),
             Some(first) => Verdict::Condemned(format!("{first}, and {} more differences", differences.len() - 1)),
         },
-        Err(error) => Verdict::Condemned(format!("its tar can't be read: {error}")),
-    };
-    let unclaimed = |found: &DiffId| layer.claimed().is_some_and(|claimed| is_another(claimed, found));
-    let is_bad = match &verdict {
-        Verdict::Sound(found) => unclaimed(found),
-        _ => true,
-    };
-    if is_bad {
-        // A disk that does not keep what is written must not condemn a layer for ever.
-        check_data_file(layer)?;
+        Err(error) => unreadable(&error),
     }
-    match verdict.save(layer.directory()) {
-        // It has served.
-        Ok(()) => drop(std::fs::remove_file(layer.directory().join("rest"))),
-        Err(error) => tracing::warn!(%error, "a verdict could not be kept"),
-    }
-    Ok(verdict)
+}
+
+fn unreadable(error: &io::Error) -> Verdict {
+    Verdict::Condemned(format!("its tar can't be read: {error}"))
 }
 
 /// Says whether a DiffID can't be the same layer's. One of another algorithm can't be compared.
@@ -155,12 +275,11 @@ pub(crate) fn is_another(claimed: &DiffId, found: &DiffId) -> bool {
 fn check_data_file(layer: &Arc<LazyLayer>) -> Result<(), EnsureError> {
     let mut damaged = Vec::new();
     let mut first = None;
-    let mut buffer = Vec::new();
+    let mut buffer = vec![0; HASH_BYTES];
     for (number, extent) in layer.index().extents().iter().enumerate() {
         let Some(expected) = &extent.digest else { continue };
-        buffer.resize(usize::try_from(extent.length).unwrap_or(usize::MAX), 0);
-        layer.data_file().read_exact_at(&mut buffer, extent.data.0).map_err(|error| layer.file_error(error))?;
-        if !expected.matches(&buffer) {
+        let is_right = hashes_to(layer.data_file(), extent, expected, &mut buffer);
+        if !is_right.map_err(|error| layer.file_error(error))? {
             first.get_or_insert((extent, *expected));
             damaged.push(number);
         }
@@ -189,6 +308,15 @@ impl<R: Read> Read for Hashed<R> {
     }
 }
 
+/// A reader that is needed again when whoever reads from it has given up.
+struct Lent<'a, R>(&'a RefCell<R>);
+
+impl<R: Read> Read for Lent<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.borrow_mut().read(buffer)
+    }
+}
+
 /// What went wrong outside of the layer.
 type Failure = Arc<Mutex<Option<EnsureError>>>;
 
@@ -213,7 +341,11 @@ enum Segment {
 }
 
 enum Current {
-    Bytes(Bytes),
+    Bytes {
+        bytes: Bytes,
+        /// What it takes, where that is much.
+        _memory: Option<Turn>,
+    },
     Decoding(Box<Decoder<BlobReader>>),
 }
 
@@ -237,20 +369,24 @@ impl<'a> TarStream<'a> {
             tail: Arc::new(tail),
             decoder: FrameDecoder::new(),
             segments,
-            current: Current::Bytes(Bytes::new()),
+            current: Current::Bytes { bytes: Bytes::new(), _memory: None },
         })
     }
 
-    /// Returns how many bytes of the blob would have to be fetched.
-    fn absent_bytes(&self) -> u64 {
-        let frames = self.layer.index().frames();
-        let absent = |segment: &Segment| match *segment {
-            Segment::Frame(frame) if self.rest.has(frame) => 0,
-            Segment::Frame(frame) => frames[frame.0 as usize].range.length,
-            Segment::Blob(range) if self.tail.get(range).is_some() => 0,
-            Segment::Blob(range) => range.length,
+    /// Returns how many bytes of the blob were never seen, since their content was found in other layers of the store. All
+    /// else that is not here, whoever made or sent the blob has a say in, and is fetched however much it is.
+    fn unseen_bytes(&self) -> u64 {
+        if !self.layer.directory().join(COPIED).exists() {
+            return 0;
+        }
+        let index = self.layer.index();
+        let unseen = |segment: &Segment| match *segment {
+            Segment::Frame(frame) if !self.rest.has(frame) && rest::can_be_kept(index, frame) => {
+                index.frames()[frame.0 as usize].range.length
+            }
+            _ => 0,
         };
-        self.segments.iter().map(absent).fold(0, u64::saturating_add)
+        self.segments.iter().map(unseen).fold(0, u64::saturating_add)
     }
 
     fn open(&mut self, segment: Segment) -> io::Result<Current> {
@@ -258,9 +394,10 @@ impl<'a> TarStream<'a> {
             Segment::Blob(range) => range,
             Segment::Frame(frame) => {
                 let (index, limits) = (self.layer.index(), &self.layer.limits);
+                let memory = self.memory(index.frames()[frame.0 as usize].decoded_length);
                 let known = self.rest.frame(index, frame, self.layer.data_file(), &mut self.decoder, limits);
                 match known.map_err(|error| self.fail(self.layer.file_error(error)))? {
-                    Some(decoded) => return Ok(Current::Bytes(decoded.into())),
+                    Some(decoded) => return Ok(Current::Bytes { bytes: decoded.into(), _memory: memory }),
                     None => index.frames()[frame.0 as usize].range,
                 }
             }
@@ -276,6 +413,12 @@ impl<'a> TarStream<'a> {
         Ok(Current::Decoding(Box::new(Decoder::new(blob).map_err(io::Error::other)?)))
     }
 
+    /// Waits for memory, where much is needed.
+    fn memory(&self, bytes: u64) -> Option<Turn> {
+        let is_much = bytes > SMALL_FRAME_BYTES && bytes <= self.layer.limits.frame_bytes;
+        is_much.then(|| self.runtime.block_on(self.layer.schedule.memory(bytes)))
+    }
+
     fn fail(&self, error: EnsureError) -> io::Error {
         fail(self.failure, error)
     }
@@ -287,6 +430,10 @@ fn fail(failure: &Failure, error: EnsureError) -> io::Error {
     io::Error::other(text)
 }
 
+fn take(failure: &Failure) -> Option<EnsureError> {
+    failure.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 fn between(start: u64, end: u64) -> Option<Segment> {
     let length = end.checked_sub(start).filter(|&length| length > 0)?;
     Some(Segment::Blob(BlobRange { start: BlobOffset(start), length }))
@@ -296,7 +443,7 @@ impl Read for TarStream<'_> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
             let read = match &mut self.current {
-                Current::Bytes(bytes) => {
+                Current::Bytes { bytes, .. } => {
                     let length = bytes.len().min(buffer.len());
                     bytes.copy_to_slice(&mut buffer[..length]);
                     length
@@ -307,6 +454,8 @@ impl Read for TarStream<'_> {
                 return Ok(read);
             }
             let Some(segment) = self.segments.pop_front() else { return Ok(0) };
+            // The memory goes back first.
+            self.current = Current::Bytes { bytes: Bytes::new(), _memory: None };
             self.current = self.open(segment)?;
         }
     }
@@ -328,13 +477,25 @@ impl Read for BlobReader {
             let next = BlobRange { start: self.left.start, length: self.left.length.min(PIECE_BYTES) };
             self.piece = match self.tail.get(next) {
                 Some(bytes) => Bytes::copy_from_slice(bytes),
-                None => self.runtime.block_on(self.layer.fetch(next)).map_err(|error| fail(&self.failure, error))?,
+                None => self.fetch(next).map_err(|error| fail(&self.failure, error))?,
             };
             self.left = BlobRange { start: next.end(), length: self.left.length - next.length };
         }
         let length = self.piece.len().min(buffer.len());
         self.piece.copy_to_slice(&mut buffer[..length]);
         Ok(length)
+    }
+}
+
+impl BlobReader {
+    /// Fetches as what nobody waits for does, but does not wait until nobody reads: a layer that is not proven costs each
+    /// reader something.
+    fn fetch(&self, range: BlobRange) -> Result<Bytes, EnsureError> {
+        let claim = Claim { quiet_until: Some(Instant::now()), ..Claim::new(Urgency::Completion, range.length) };
+        self.runtime.block_on(async {
+            let _turn = self.layer.schedule.turn(claim).await;
+            self.layer.fetch(range).await
+        })
     }
 }
 

@@ -15,7 +15,10 @@ use std::{
     io,
     os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -45,6 +48,8 @@ pub(crate) struct Quota {
     root: PathBuf,
     limit: u64,
     account: Mutex<Account>,
+    /// Taken, and perhaps not written yet. Outside of the account, which may be held for as long as layers are evicted.
+    in_flight: AtomicU64,
 }
 
 /// What this process has reserved.
@@ -52,8 +57,6 @@ pub(crate) struct Quota {
 struct Account {
     /// Reserved, and not taken by anyone.
     budget: u64,
-    /// Taken, and perhaps not written yet.
-    in_flight: u64,
     slot: Option<Slot>,
 }
 
@@ -73,14 +76,13 @@ pub(crate) struct Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        let mut account = self.quota.account();
-        account.in_flight = account.in_flight.saturating_sub(self.bytes);
+        self.quota.in_flight.fetch_sub(self.bytes, Ordering::AcqRel);
     }
 }
 
 impl Quota {
     pub(crate) fn new(root: &Path, limit: u64) -> Self {
-        Self { root: root.to_owned(), limit, account: Mutex::default() }
+        Self { root: root.to_owned(), limit, account: Mutex::default(), in_flight: AtomicU64::new(0) }
     }
 
     pub(crate) fn limit(&self) -> u64 {
@@ -96,8 +98,13 @@ impl Quota {
             account.budget += more;
         }
         account.budget -= bytes;
-        account.in_flight = account.in_flight.saturating_add(bytes);
+        // It can't overflow: all that is in flight fits into the quota.
+        self.in_flight.fetch_add(bytes, Ordering::AcqRel);
         Ok(Room { quota: Arc::clone(self), bytes })
+    }
+
+    fn in_flight(&self) -> u64 {
+        self.in_flight.load(Ordering::Acquire)
     }
 
     fn account(&self) -> MutexGuard<'_, Account> {
@@ -134,7 +141,7 @@ impl Quota {
             return Err(StoreError::Quota { path: self.root.clone(), limit: self.limit, used });
         }
         // Said before it is counted, so that it is not missed where we are killed in between.
-        let held = account.budget.saturating_add(account.in_flight).saturating_add(granted);
+        let held = account.budget.saturating_add(self.in_flight()).saturating_add(granted);
         self.slot(account)?.file.write_all_at(&held.to_le_bytes(), 0).map_err(StoreError::file(&folder))?;
         add_used(&file, used.saturating_add(granted)).map_err(at)?;
         Ok(granted)
@@ -144,7 +151,7 @@ impl Quota {
     /// Counts what is on the disk and what may come to it. Under the lock.
     fn count(&self, account: &Account) -> Result<u64, StoreError> {
         // First what is reserved: it may be written meanwhile, and would be in neither.
-        let mut reserved = account.budget.saturating_add(account.in_flight);
+        let mut reserved = account.budget.saturating_add(self.in_flight());
         let folder = self.root.join(FOLDER);
         let own = account.slot.as_ref().map(|slot| slot.path.as_path());
         for entry in std::fs::read_dir(&folder).map_err(StoreError::file(&folder))? {
@@ -299,6 +306,17 @@ mod tests {
         drop(one);
         drop(two.take(400 << 10).unwrap());
         drop(second);
+    }
+
+    #[test]
+    fn what_was_written_is_given_back_while_others_are_evicting() {
+        let (directory, quota) = store();
+        let quota = quota(allocated_below(directory.path()).unwrap() + (1 << 20));
+        let room = quota.take(1000).unwrap();
+        let _evicting = quota.account();
+        // By a thread that must not wait.
+        drop(room);
+        assert_eq!(quota.in_flight(), 0);
     }
 
     #[test]

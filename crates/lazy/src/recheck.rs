@@ -20,7 +20,8 @@ use crate::{
     store::Store,
 };
 
-const BUFFER_BYTES: usize = 512 << 10;
+/// What is read at once to be hashed.
+pub(crate) const HASH_BYTES: usize = 512 << 10;
 
 /// What checking a layer came to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -69,7 +70,7 @@ impl Store {
         cache.check_length(&index).map_err(failed)?;
         let mut checked = Checked::default();
         let mut wrong = Vec::new();
-        let mut buffer = vec![0; BUFFER_BYTES];
+        let mut buffer = vec![0; HASH_BYTES];
         for (number, extent) in index.extents().iter().enumerate() {
             if !cache.filled().contains(number) {
                 continue;
@@ -131,7 +132,7 @@ impl LazyLayer {
     }
 
     fn recheck_now(&self, mut extents: Range<usize>) -> io::Result<()> {
-        let mut buffer = vec![0; BUFFER_BYTES];
+        let mut buffer = vec![0; HASH_BYTES];
         while let Some(number) = self.cache.unchecked(extents.clone()) {
             extents.start = number + 1;
             if !self.cache.filled().contains(number) {
@@ -157,7 +158,7 @@ impl LazyLayer {
 
 /// Says whether an extent's bytes are in a data file. A file that is too short, or that the disk can't read, has not got
 /// them.
-fn hashes_to(data: &File, extent: &Extent, digest: &Digest, buffer: &mut [u8]) -> io::Result<bool> {
+pub(crate) fn hashes_to(data: &File, extent: &Extent, digest: &Digest, buffer: &mut [u8]) -> io::Result<bool> {
     let mut hasher = digest.hasher();
     let mut done = 0;
     while done < extent.length {

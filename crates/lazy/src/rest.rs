@@ -23,7 +23,7 @@ use loris_format::{
     limits::Limits,
 };
 
-use crate::cache::NO_FOLLOW;
+use crate::{cache::NO_FOLLOW, plan::fetched_range};
 
 const HEADER: [u8; 16] = *b"LORISRST\x01\0\0\0\0\0\0\0";
 /// Most bytes between extents that are kept of one frame; what has more is read again for the proof.
@@ -103,6 +103,13 @@ fn covered(index: &LayerIndex, frame: FrameId) -> Vec<(usize, usize)> {
         }
     }
     joined
+}
+
+/// Says whether there is a record of a frame once it was fetched, as far as the index tells.
+pub(crate) fn can_be_kept(index: &LayerIndex, frame: FrameId) -> bool {
+    let parts = &index.frames()[frame.0 as usize];
+    let inside: usize = covered(index, frame).iter().map(|(start, end)| end - start).sum();
+    parts.range == fetched_range(parts) && parts.decoded_length.saturating_sub(inside as u64) <= MOST_BYTES
 }
 
 /// The file of a layer, read.

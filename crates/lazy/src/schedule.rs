@@ -30,6 +30,10 @@ const QUIET: Duration = Duration::from_millis(50);
 /// For this long it makes one request at a time: a program computes for a while between its reads.
 const LONG_QUIET: Duration = Duration::from_secs(1);
 
+/// Proofs that are made at the same time, at least: each holds a thread, and waits for the source where something is
+/// missing.
+const PROVERS: usize = 8;
+
 /// How soon bytes are needed; the most urgent first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Urgency {
@@ -76,6 +80,7 @@ pub(crate) struct Schedule {
     changed: Notify,
     decoders: Arc<Semaphore>,
     background_decoders: Arc<Semaphore>,
+    provers: Arc<Semaphore>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -165,6 +170,7 @@ impl Schedule {
             changed: Notify::new(),
             decoders: Arc::new(Semaphore::new(decoders.max(1))),
             background_decoders: Arc::new(Semaphore::new(decoders.max(1))),
+            provers: Arc::new(Semaphore::new(decoders.max(PROVERS))),
         }
     }
 
@@ -200,12 +206,29 @@ impl Schedule {
     /// Waits for a place among the decoders. What nobody waits for has places of its own, so that it is never waited for.
     pub(crate) fn decoder(&self, urgency: Urgency) -> impl Future<Output = OwnedSemaphorePermit> + use<> {
         let places = if urgency.is_background() { &self.background_decoders } else { &self.decoders };
-        let place = Arc::clone(places).acquire_owned();
-        async move {
-            match place.await {
-                Ok(place) => place,
-                Err(closed) => unreachable!("the semaphore is never closed: {closed}"),
+        place_of(places)
+    }
+
+    /// Waits for a place among those who prove layers.
+    pub(crate) fn prover(&self) -> impl Future<Output = OwnedSemaphorePermit> + use<> {
+        place_of(&self.provers)
+    }
+
+    /// Waits until there is memory for something that is not fetched and nobody waits for.
+    pub(crate) async fn memory(self: &Arc<Self>, bytes: u64) -> Turn {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            {
+                let mut state = self.state();
+                if state.memory == 0 || state.memory.saturating_add(bytes) <= self.bounds.memory / 4 * 3 {
+                    state.memory = state.memory.saturating_add(bytes);
+                    let claim = Claim::new(Urgency::Completion, bytes);
+                    return Turn { schedule: Arc::clone(self), claim, on_the_wire: false };
+                }
             }
+            changed.await;
         }
     }
 
@@ -217,6 +240,16 @@ impl Schedule {
     fn state(&self) -> MutexGuard<'_, State> {
         // Each change is a few numbers: nothing is half done where a holder panics.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn place_of(places: &Arc<Semaphore>) -> impl Future<Output = OwnedSemaphorePermit> + use<> {
+    let place = Arc::clone(places).acquire_owned();
+    async move {
+        match place.await {
+            Ok(place) => place,
+            Err(closed) => unreachable!("the semaphore is never closed: {closed}"),
+        }
     }
 }
 

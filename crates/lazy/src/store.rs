@@ -3,7 +3,7 @@
 //! | path | content |
 //! |---|---|
 //! | `version` | one line, `loris layer store 1` |
-//! | `layers/BLOB/TOC/` | a layer, see [`crate::layer`]: `data`, `filled`, `toc`, `lock`, `origin`, `pinned` |
+//! | `layers/BLOB/TOC/` | a layer, see [`crate::layer`]: `data`, `filled`, `toc`, `lock`, `origin`, `pinned`, `verdict` |
 //! | `digests` | where content is, by its digest |
 //! | `quota/` | what processes have reserved, where there is a quota |
 //!

@@ -322,7 +322,7 @@ mod tests {
             std::thread::sleep(PAUSE);
         }
         assert!(matches!(enter(root.path(), Some(left)).unwrap(), Entered::PassedOn));
-        let Entered::Serves { keeper: Some(keeper), .. } = fresh.join().unwrap() else {
+        let Entered::Serves { left: Some(Left { keeper, listener: Some(_) }), .. } = fresh.join().unwrap() else {
             panic!("nothing was passed on")
         };
         // It is the same socket.

@@ -1,6 +1,9 @@
 //! A tiny writer of eStargz, after the format's description and not after our own writer.
 
-use std::{io::Write as _, ops::Range};
+use std::{
+    io::{Read as _, Write as _},
+    ops::Range,
+};
 
 use bytes::Bytes;
 use loris_format::digest::Digest;
@@ -20,11 +23,23 @@ pub struct Shape {
     pub digests: bool,
     /// The mode of files in the table of contents; in the tar it is 0644.
     pub mode: u32,
+    /// Bytes of a file behind all others that only the tar has; none where it is 0.
+    pub hidden: usize,
+    /// Whether the tar has, behind a symbolic link, a file below it.
+    pub below_link: bool,
 }
 
 impl Default for Shape {
     fn default() -> Self {
-        Self { chunk_bytes: 4096, files_per_member: 1, landmark: None, digests: true, mode: 0o644 }
+        Self {
+            chunk_bytes: 4096,
+            files_per_member: 1,
+            landmark: None,
+            digests: true,
+            mode: 0o644,
+            hidden: 0,
+            below_link: false,
+        }
     }
 }
 
@@ -43,6 +58,28 @@ impl TestBlob {
         let mut bytes = self.bytes.to_vec();
         bytes[usize::try_from(place).unwrap()] ^= 0x10;
         bytes.into()
+    }
+
+    /// Packs a member anew with another user's name in the last header of the tar in it: with all content, of the same length and
+    /// with a checksum that is right. Nothing in the table of contents tells that it is another.
+    pub fn forged(&self, member: usize) -> Bytes {
+        let range =
+            usize::try_from(self.members[member].start).unwrap()..usize::try_from(self.members[member].end).unwrap();
+        let mut plain = Vec::new();
+        flate2::read::GzDecoder::new(&self.bytes[range.clone()]).read_to_end(&mut plain).unwrap();
+        let at = plain.windows(5).rposition(|window| window == b"ustar").unwrap() - 257;
+        for name in 1..100_000 {
+            let header: &mut [u8; 512] = (&mut plain[at..at + 512]).try_into().unwrap();
+            header[265..277].copy_from_slice(format!("{name:011o}\0").as_bytes());
+            checksum(header);
+            let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+            packed.write_all(&plain).unwrap();
+            let packed = packed.finish().unwrap();
+            if packed.len() == range.len() {
+                return [&self.bytes[..range.start], &packed, &self.bytes[range.end..]].concat().into();
+            }
+        }
+        panic!("no such member has the same length");
     }
 }
 
@@ -72,6 +109,18 @@ pub fn estargz(files: Vec<(String, Vec<u8>)>, shape: Shape) -> TestBlob {
             entries.extend(entry);
         }
         entries.extend(writer.file(name, content, shape, number % shape.files_per_member == 0));
+    }
+    if shape.below_link {
+        let mut link = header("a", 0);
+        link[156] = b'2';
+        link[157..160].copy_from_slice(b"bin");
+        checksum(&mut link);
+        writer.raw(&link);
+        entries.push(json!({ "name": "a", "type": "symlink", "linkName": "bin", "mode": 0o644 }));
+        writer.file("a/sh", b"not what it seems", shape, true);
+    }
+    if shape.hidden > 0 {
+        writer.file("hidden", &noise(99, shape.hidden), Shape { chunk_bytes: usize::MAX, ..shape }, true);
     }
     let toc_offset = writer.cut();
     let toc = serde_json::to_vec(&json!({ "version": 1, "entries": entries })).unwrap();
@@ -172,10 +221,14 @@ fn header(name: &str, length: usize) -> [u8; 512] {
     header[116..124].copy_from_slice(b"0000000\0");
     header[124..136].copy_from_slice(format!("{length:011o}\0").as_bytes());
     header[136..148].copy_from_slice(b"00000000000\0");
-    header[148..156].copy_from_slice(b"        ");
     header[156] = b'0';
     header[257..265].copy_from_slice(b"ustar\x0000");
+    checksum(&mut header);
+    header
+}
+
+fn checksum(header: &mut [u8; 512]) {
+    header[148..156].copy_from_slice(b"        ");
     let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
     header[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
-    header
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use loris_format::{digest::Digest, index::NodeId};
-use loris_lazy::{EnsureError, LayerError, OpenError, OpenOptions, ReadError, Store, Trust, open_image};
+use loris_lazy::{EnsureError, LayerError, OpenError, OpenOptions, ReadError, Store, StoreOptions, Trust, open_image};
 use loris_oci::{
     Descriptor,
     document::{Manifest, media_type},
@@ -86,6 +86,28 @@ async fn layers_are_opened_side_by_side_in_one_request_each() {
         assert_eq!(layer.statistics().requests, 1);
         assert!(layer.statistics().fetched_bytes > 0);
     }
+}
+
+#[tokio::test]
+async fn what_is_opened_side_by_side_fits_into_memory() {
+    let blobs: Vec<TestBlob> = (0..4).map(layer).collect();
+    let mut image = image(&blobs.iter().collect::<Vec<_>>());
+    let directory = tempfile::tempdir().unwrap();
+    // Too little for two: each goes alone.
+    let options = StoreOptions { memory_bytes: 1000, ..StoreOptions::default() };
+    image.store = Store::open_with(directory.path(), &options).unwrap();
+    image.source.hold();
+    let options = OpenOptions::default();
+    let open = open_image(image.source.clone(), &image.manifest, &image.store, &options);
+    let (opened, ()) = tokio::join!(open, async {
+        image.source.held(1).await;
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(image.source.waiting(), 1);
+        image.source.release();
+    });
+    opened.unwrap().into_lazy().unwrap();
 }
 
 #[tokio::test]

@@ -5,7 +5,7 @@ use std::{
     ops::Range,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 
@@ -26,6 +26,9 @@ pub struct TestSource {
     withheld_from: watch::Sender<u64>,
     breaks_at: Mutex<Option<u64>>,
     waiting: AtomicUsize,
+    /// Answers of somebody else, once this one is distrusted.
+    other: Mutex<Option<Bytes>>,
+    distrusted: AtomicBool,
 }
 
 impl TestSource {
@@ -39,6 +42,8 @@ impl TestSource {
             withheld_from: watch::channel(u64::MAX).0,
             breaks_at: Mutex::default(),
             waiting: AtomicUsize::new(0),
+            other: Mutex::default(),
+            distrusted: AtomicBool::new(false),
         }
     }
 
@@ -49,6 +54,12 @@ impl TestSource {
 
     pub fn named(mut self, name: &str) -> Self {
         self.name = name.to_owned();
+        self
+    }
+
+    /// Has somebody else to ask, who has these bytes under each digest.
+    pub fn or_else(self, bytes: Bytes) -> Self {
+        *self.other.lock().unwrap() = Some(bytes);
         self
     }
 
@@ -94,6 +105,10 @@ impl TestSource {
         *self.breaks_at.lock().unwrap() = Some(offset);
     }
 
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
     /// Waits until so many requests are held back.
     pub async fn held(&self, count: usize) {
         crate::until("a request", || self.waiting.load(Ordering::SeqCst) >= count).await;
@@ -137,7 +152,8 @@ impl ImageSource for TestSource {
         let open = self.open.subscribe().wait_for(|open| *open).await.map(|open| *open);
         self.waiting.fetch_sub(1, Ordering::SeqCst);
         assert!(open.unwrap());
-        let bytes = self.blobs.get(&descriptor.digest).cloned();
+        let other = self.other.lock().unwrap().clone().filter(|_| self.distrusted.load(Ordering::SeqCst));
+        let bytes = other.or_else(|| self.blobs.get(&descriptor.digest).cloned());
         let bytes = bytes.ok_or_else(|| Error::NotFound { what: descriptor.digest.to_string(), place: self.name() })?;
         let part = bytes.slice(usize::try_from(range.start).unwrap()..usize::try_from(range.end).unwrap());
         match &*self.faults() {
@@ -166,6 +182,10 @@ impl ImageSource for TestSource {
             }
         }
         Ok(())
+    }
+
+    fn distrust_range(&self, _: &Descriptor, _: Range<u64>) -> bool {
+        self.other.lock().unwrap().is_some() && !self.distrusted.swap(true, Ordering::SeqCst)
     }
 
     async fn referrers(&self, _: &Digest, _: Option<&str>) -> Result<Vec<Descriptor>, Error> {

@@ -137,7 +137,7 @@ impl WithinArguments {
         let source = global.access.source(&self.image).await?;
         let options = OpenOptions { trust: Trust::Anything, policy: FetchPolicy::EXACT, ..OpenOptions::default() };
         let (_, manifest) = platform::resolve_manifest(&*source, None, &Limits::default()).await?;
-        let layers = open_all_layers(source, &manifest, &store, &options).await?;
+        let layers = open_all_layers(source, &manifest, &store, &options, &[]).await?;
         Ok((store, layers))
     }
 

@@ -26,6 +26,8 @@ pub(super) struct FileId {
     /// Its name in the journal and at the keeper; never 0, never used twice.
     pub(super) key: u64,
     identity: (u64, u64),
+    /// Which use of it this is.
+    number: u64,
 }
 
 /// Who can fill a file.
@@ -48,6 +50,7 @@ struct Table {
     by_identity: HashMap<(u64, u64), Entry>,
     by_key: HashMap<u64, (u64, u64)>,
     last_key: u64,
+    last_use: u64,
     complained: HashSet<(u64, u64)>,
     /// When a wait for content was last in vain.
     failed: HashMap<(u64, u64), Instant>,
@@ -58,16 +61,34 @@ struct Table {
 #[derive(Debug)]
 struct Entry {
     key: u64,
-    watched: Watched,
-    /// How many watches there are.
-    uses: usize,
+    /// The watches, by number. Images may have the layer in common; what they claim about it need not be the same.
+    uses: Vec<(u64, Arc<LazyLayer>)>,
     /// Whether the kernel asks before it is read, as far as is known.
     is_marked: bool,
     /// The descriptors of an orphan, which nobody else holds here.
     kept: Option<[File; 2]>,
-    /// The task that waits until the layer is complete.
-    completion: Option<Completion>,
+    /// The tasks that wait until a layer is complete.
+    completions: Vec<(Arc<LazyLayer>, Completion)>,
 }
+
+impl Entry {
+    fn new(key: u64) -> Self {
+        Self { key, uses: Vec::new(), is_marked: true, kept: None, completions: Vec::new() }
+    }
+
+    /// Returns who fills the file. Who asks for it is not known: as long as one image of those that are mounted is what it
+    /// claims to be, its readers get what they ask for.
+    fn watched(&self) -> Watched {
+        let sound = self.uses.iter().find(|(_, layer)| !layer.is_condemned());
+        match sound.or(self.uses.first()) {
+            Some((_, layer)) => Watched::Layer(Arc::clone(layer)),
+            None => Watched::Orphan,
+        }
+    }
+}
+
+/// The number of uses that end with this process: mounts that are out of sight may read what was inherited.
+const INHERITED: u64 = 0;
 
 /// A task that holds the layer, and ends when nobody watches that any more.
 #[derive(Debug)]
@@ -89,25 +110,11 @@ impl Files {
         let mut table = Table::default();
         for (key, kept) in files {
             let identity = identity(&kept[0])?;
-            let entry = match opened.get(&identity) {
-                // Counted as used for as long as this process lives: mounts that are out of sight may read it.
-                Some(&layer) => Entry {
-                    key,
-                    watched: Watched::Layer(Arc::clone(layer)),
-                    uses: 1,
-                    is_marked: true,
-                    kept: None,
-                    completion: None,
-                },
-                None => Entry {
-                    key,
-                    watched: Watched::Orphan,
-                    uses: 1,
-                    is_marked: true,
-                    kept: Some(kept),
-                    completion: None,
-                },
-            };
+            let mut entry = Entry::new(key);
+            match opened.get(&identity) {
+                Some(&layer) => entry.uses.push((INHERITED, Arc::clone(layer))),
+                None => entry.kept = Some(kept),
+            }
             table.last_key = table.last_key.max(key);
             table.by_key.insert(key, identity);
             table.by_identity.insert(identity, entry);
@@ -119,24 +126,14 @@ impl Files {
     pub(super) fn add(&self, layer: &Arc<LazyLayer>) -> io::Result<FileId> {
         let identity = identity(layer.data_file())?;
         let mut table = self.lock();
-        if let Some(entry) = table.by_identity.get_mut(&identity) {
-            entry.uses += 1;
-            entry.watched = Watched::Layer(Arc::clone(layer));
-            return Ok(FileId { key: entry.key, identity });
-        }
-        table.last_key += 1;
-        let key = table.last_key;
+        table.last_use += 1;
+        let number = table.last_use;
+        let key = table.by_identity.get(&identity).map_or(table.last_key + 1, |entry| entry.key);
+        table.last_key = table.last_key.max(key);
         table.by_key.insert(key, identity);
-        let entry = Entry {
-            key,
-            watched: Watched::Layer(Arc::clone(layer)),
-            uses: 1,
-            is_marked: true,
-            kept: None,
-            completion: None,
-        };
-        table.by_identity.insert(identity, entry);
-        Ok(FileId { key, identity })
+        let entry = table.by_identity.entry(identity).or_insert_with(|| Entry::new(key));
+        entry.uses.push((number, Arc::clone(layer)));
+        Ok(FileId { key, identity, number })
     }
 
     /// Starts the task that waits until a layer is complete, unless there is one or nobody watches the layer.
@@ -145,8 +142,12 @@ impl Files {
         let mut table = self.lock();
         let Some(entry) = table.by_identity.get_mut(&identity) else { return };
         // One that has ended is of a layer that was complete and is not any more.
-        if entry.completion.as_ref().is_none_or(|completion| completion.0.is_finished()) {
-            entry.completion = Some(Completion(start()));
+        entry.completions.retain(|(_, completion)| !completion.0.is_finished());
+        let is = |known: &Arc<LazyLayer>| std::ptr::eq(&**known, layer);
+        if let Some((_, layer)) = entry.uses.iter().find(|(_, known)| is(known))
+            && !entry.completions.iter().any(|(known, _)| is(known))
+        {
+            entry.completions.push((Arc::clone(layer), Completion(start())));
         }
     }
 
@@ -154,18 +155,19 @@ impl Files {
     pub(super) fn remove(&self, id: FileId) -> Option<Arc<LazyLayer>> {
         let mut table = self.lock();
         let entry = table.by_identity.get_mut(&id.identity)?;
-        entry.uses = entry.uses.saturating_sub(1);
-        if entry.uses > 0 {
+        let place = entry.uses.iter().position(|(number, _)| *number == id.number)?;
+        let (_, layer) = entry.uses.remove(place);
+        if !entry.uses.iter().any(|(_, known)| Arc::ptr_eq(known, &layer)) {
+            entry.completions.retain(|(known, _)| !Arc::ptr_eq(known, &layer));
+        }
+        if !entry.uses.is_empty() || entry.kept.is_some() {
             return None;
         }
         let entry = table.by_identity.remove(&id.identity)?;
         table.by_key.remove(&entry.key);
         table.complained.remove(&id.identity);
         table.failed.remove(&id.identity);
-        match entry.watched {
-            Watched::Layer(layer) => Some(layer),
-            Watched::Orphan => None,
-        }
+        Some(layer)
     }
 
     /// Notes whether a layer's file is marked, and returns its key where it is watched. What is added counts as marked.
@@ -187,38 +189,36 @@ impl Files {
     pub(super) fn find(&self, identity: (u64, u64)) -> Option<(u64, Watched)> {
         let table = self.lock();
         let entry = table.by_identity.get(&identity)?;
-        Some((entry.key, entry.watched.clone()))
+        Some((entry.key, entry.watched()))
     }
 
     /// Returns the file with a key.
     pub(super) fn by_key(&self, key: u64) -> Option<Watched> {
         let table = self.lock();
         let identity = table.by_key.get(&key)?;
-        Some(table.by_identity.get(identity)?.watched.clone())
+        Some(table.by_identity.get(identity)?.watched())
     }
 
     /// Returns all files.
     pub(super) fn all(&self) -> Vec<Watched> {
-        self.lock().by_identity.values().map(|entry| entry.watched.clone()).collect()
+        self.lock().by_identity.values().map(Entry::watched).collect()
     }
 
     /// Returns all layers.
     pub(super) fn layers(&self) -> Vec<Arc<LazyLayer>> {
-        let layer = |watched| match watched {
-            Watched::Layer(layer) => Some(layer),
-            Watched::Orphan => None,
-        };
-        self.all().into_iter().filter_map(layer).collect()
+        let table = self.lock();
+        let uses = table.by_identity.values().flat_map(|entry| &entry.uses);
+        uses.map(|(_, layer)| Arc::clone(layer)).collect()
     }
 
     /// Returns what a keeper has to keep: data file and lock of all that is watched.
     pub(super) fn kept(&self) -> io::Result<Vec<(u64, [File; 2])>> {
         let table = self.lock();
         let clone = |[data, lock]: [&File; 2]| io::Result::Ok([data.try_clone()?, lock.try_clone()?]);
-        let kept = |entry: &Entry| match (&entry.watched, &entry.kept) {
-            (Watched::Layer(layer), _) => Some(clone(layer.kept_files()).map(|files| (entry.key, files))),
-            (Watched::Orphan, Some([data, lock])) => Some(clone([data, lock]).map(|files| (entry.key, files))),
-            (Watched::Orphan, None) => None,
+        let kept = |entry: &Entry| match (entry.uses.first(), &entry.kept) {
+            (Some((_, layer)), _) => Some(clone(layer.kept_files()).map(|files| (entry.key, files))),
+            (None, Some([data, lock])) => Some(clone([data, lock]).map(|files| (entry.key, files))),
+            (None, None) => None,
         };
         table.by_identity.values().filter_map(kept).collect()
     }

@@ -15,13 +15,16 @@ use std::{
 use base64::Engine as _;
 use bytes::Bytes;
 use loris_format::{
-    digest::Digest,
+    digest::{DiffId, Digest},
     index::{Timestamp, Xattrs},
     tar,
     tree::{LayerNumber, OpaqueStyle, Tree},
 };
-use loris_lazy::{LazyLayer, OpenOptions, Store, open::open_layer};
-use loris_oci::Descriptor;
+use loris_lazy::{
+    LazyLayer, OpenOptions, Store,
+    open::{open_all_layers, open_layer},
+};
+use loris_oci::{Descriptor, document::Manifest};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use serde_json::{Value, json};
 use tokio::runtime::Runtime;
@@ -128,6 +131,32 @@ impl TestImage {
         };
         let layers = blobs.iter().map(|(_, descriptor)| open(descriptor)).collect();
         Self { source, layers, runtime, store, directory }
+    }
+
+    /// Opens the layers in a store of its own in the same directory, as another process would.
+    pub fn opened_again(&self) -> Vec<Arc<LazyLayer>> {
+        self.open(&Store::open(self.store.root()).unwrap(), &[])
+    }
+
+    /// Opens the layers as an image does that claims something about them.
+    pub fn claiming(&self, claimed: DiffId) -> Vec<Arc<LazyLayer>> {
+        self.open(&self.store, &vec![claimed; self.layers.len()])
+    }
+
+    fn open(&self, store: &Store, claimed: &[DiffId]) -> Vec<Arc<LazyLayer>> {
+        let layers = self.layers.iter().map(|layer| layer.descriptor().clone()).collect();
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: String::new(),
+            artifact_type: None,
+            config: self.layers[0].descriptor().clone(),
+            layers,
+            subject: None,
+            annotations: BTreeMap::new(),
+        };
+        let options = OpenOptions::default();
+        let opening = open_all_layers(self.source.clone(), &manifest, store, &options, claimed);
+        self.runtime.block_on(opening).unwrap()
     }
 
     pub fn merged(&self) -> Arc<Tree> {

@@ -276,3 +276,25 @@ fn keepers(image: &TestImage) -> Vec<rustix::process::Pid> {
         })
         .collect()
 }
+
+#[test]
+fn what_one_image_claims_wrongly_is_not_held_against_the_readers_of_another() {
+    if !can_page("what_one_image_claims_wrongly_is_not_held_against_the_readers_of_another") {
+        return;
+    }
+    let (image, content) = one_layer();
+    let pager = pager(&image, Duration::from_secs(10));
+    image.runtime.block_on(loris_lazy::complete(&image.layers[0])).unwrap();
+    let liar = image.claiming(loris_format::digest::DiffId(loris_format::digest::Digest::sha256_of(b"another")));
+    let honest = pager.watch(&image.layers).unwrap();
+    let lying = pager.watch(&liar).unwrap();
+    let file = reader(&image.layers[0]);
+    let at = data_of(&image.layers[0], "d/big");
+    let mut bytes = vec![0; 100];
+    for _ in 0..2 {
+        file.read_exact_at(&mut bytes, at).unwrap();
+        assert_eq!(bytes, content[..100]);
+        image.runtime.block_on(loris_lazy::complete(&liar[0])).unwrap_err();
+    }
+    drop((honest, lying));
+}

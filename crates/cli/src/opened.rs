@@ -260,7 +260,18 @@ impl Opened {
     ) -> anyhow::Result<Self> {
         let store = open.store()?;
         let looked = Looked::open(global, name, platform, open, &store, policy).await?;
-        Self::from_looked(looked.image, name)
+        let opened = Self::from_looked(looked.image, name)?;
+        opened.fill_unasked().await;
+        Ok(opened)
+    }
+
+    /// Sees to it that a process which has mounted the image is not asked before this one fills it: it would fetch the same.
+    pub(crate) async fn fill_unasked(&self) {
+        let layers = self.image.layers.clone();
+        let filling = tokio::task::spawn_blocking(move || loris_mount::pager::fill_unasked(&layers));
+        if let Ok(Err(error)) = filling.await {
+            tracing::debug!(%error, "where the image is mounted, what is fetched here is fetched there too");
+        }
     }
 
     pub(crate) fn from_looked(image: OpenedImage, name: &str) -> anyhow::Result<Self> {

@@ -188,6 +188,9 @@ impl RunArguments {
             return Ok(Root::Full(unpacked));
         }
         let opened = Opened::from_looked(looked.image, &self.image)?;
+        if self.engine.engine == Some(loris_mount::engine::Engine::Fuse) {
+            opened.fill_unasked().await;
+        }
         let options = RootFsOptions {
             access: rootfs::Access::Discard,
             engine: self.engine.engine,

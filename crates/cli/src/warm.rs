@@ -62,6 +62,7 @@ impl WarmArguments {
         let looked = Looked::open(global, &self.image, &self.platform, &self.open, &store, FetchPolicy::EXACT).await?;
         let digest = looked.document.digest;
         let opened = Opened::from_looked(looked.image, &self.image)?;
+        opened.fill_unasked().await;
         let layers = opened.layers();
         let how = Completion { patience: Duration::from_secs(self.patience), ..Completion::default() };
         let bar = Bars::new(global).whole(layers.iter().map(|layer| layer.descriptor().size).sum());

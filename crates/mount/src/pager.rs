@@ -57,9 +57,11 @@ pub(crate) mod journal;
 #[cfg(test)]
 mod model;
 pub(crate) mod slots;
+mod unasked;
 mod watch;
 
 pub use error::PagerError;
+pub use unasked::fill_unasked;
 pub use watch::Watch;
 
 use files::Files;

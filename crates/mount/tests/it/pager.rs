@@ -278,6 +278,24 @@ fn keepers(image: &TestImage) -> Vec<rustix::process::Pid> {
 }
 
 #[test]
+fn another_process_fills_what_is_watched_without_having_it_fetched_twice() {
+    if !can_page("another_process_fills_what_is_watched_without_having_it_fetched_twice") {
+        return;
+    }
+    let (image, _) = one_layer();
+    let pager = pager(&image, Duration::from_secs(10));
+    let watch = pager.watch(&image.layers).unwrap();
+    let before = image.layers[0].statistics();
+    // A store of its own, as in another process.
+    let others = image.opened_again();
+    assert!(others[0].is_open_elsewhere() && !image.layers[0].is_open_elsewhere());
+    loris_mount::pager::fill_unasked(&others).unwrap();
+    image.runtime.block_on(loris_lazy::complete(&others[0])).unwrap();
+    assert_eq!(image.layers[0].statistics().requests, before.requests);
+    drop(watch);
+}
+
+#[test]
 fn what_one_image_claims_wrongly_is_not_held_against_the_readers_of_another() {
     if !can_page("what_one_image_claims_wrongly_is_not_held_against_the_readers_of_another") {
         return;

@@ -35,11 +35,13 @@ pub(crate) struct Landed {
     pub(crate) refused: Vec<Refusal>,
 }
 
-/// An extent that is not what it should be.
+/// An extent that is not what it should be. Its file is looked for when somebody wants to know: a frame may have a hundred
+/// thousand of them.
 #[derive(Debug)]
 pub(crate) struct Refusal {
     pub(crate) extent: usize,
-    pub(crate) error: EnsureError,
+    /// What is wrong with the frame, where the extent does not decode.
+    fault: Option<Arc<str>>,
 }
 
 /// The waiting end of a frame on its way.
@@ -368,6 +370,7 @@ impl LazyLayer {
         let mut right = Vec::new();
         let mut right_bytes = 0;
         let mut refused = Vec::new();
+        let fault: Arc<str> = fault.as_deref().unwrap_or("it is shorter than the index says").into();
         for &number in self.index.extents_of(id) {
             let number = number as usize;
             if self.cache.filled().contains(number) {
@@ -384,8 +387,8 @@ impl LazyLayer {
                     right.push(number);
                     right_bytes += extent.length;
                 }
-                Some(_) => refused.push(self.mismatch(number)),
-                None => refused.push(self.undecoded(number, frame, fault.as_deref())),
+                Some(_) => refused.push(Refusal { extent: number, fault: None }),
+                None => refused.push(Refusal { extent: number, fault: Some(Arc::clone(&fault)) }),
             }
         }
         if is_all
@@ -395,9 +398,9 @@ impl LazyLayer {
             rest.add(&self.index, id, &decoded);
         }
         self.cache.publish(right, right_bytes).map_err(|error| self.file_error(error))?;
-        for refusal in &refused {
-            Counters::add(&self.counters.errors, 1);
-            tracing::error!(error = %refusal.error, "refused");
+        if let Some(first) = refused.first() {
+            Counters::add(&self.counters.errors, refused.len() as u64);
+            tracing::error!(error = %self.refused(first), more = refused.len() - 1, "refused");
         }
         Ok(Arc::new(Landed { refused }))
     }
@@ -437,28 +440,26 @@ impl LazyLayer {
         (sound, Some(fault))
     }
 
-    fn mismatch(&self, number: usize) -> Refusal {
-        let extent = self.extent(number);
-        let error = EnsureError::Mismatch {
-            layer: self.digest,
-            path: path_of(&self.index, extent.node),
-            offset: extent.file_offset,
-            length: extent.length,
-            // Only an extent that has a digest can fail to match it.
-            expected: extent.digest.unwrap_or(self.digest),
-        };
-        Refusal { extent: number, error }
-    }
-
-    fn undecoded(&self, number: usize, frame: &Frame, fault: Option<&str>) -> Refusal {
-        let extent = self.extent(number);
-        let error = EnsureError::Decode {
-            layer: self.digest,
-            path: path_of(&self.index, extent.node),
-            offset: extent.file_offset,
-            range: frame.range,
-            detail: fault.unwrap_or("it is shorter than the index says").to_owned(),
-        };
-        Refusal { extent: number, error }
+    /// Says what is wrong with an extent.
+    pub(crate) fn refused(&self, refusal: &Refusal) -> EnsureError {
+        let extent = self.extent(refusal.extent);
+        let path = path_of(&self.index, extent.node);
+        match &refusal.fault {
+            None => EnsureError::Mismatch {
+                layer: self.digest,
+                path,
+                offset: extent.file_offset,
+                length: extent.length,
+                // Only an extent that has a digest can fail to match it.
+                expected: extent.digest.unwrap_or(self.digest),
+            },
+            Some(fault) => EnsureError::Decode {
+                layer: self.digest,
+                path,
+                offset: extent.file_offset,
+                range: self.index.frames()[extent.frame.0 as usize].range,
+                detail: fault.as_ref().to_owned(),
+            },
+        }
     }
 }

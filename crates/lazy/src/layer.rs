@@ -288,7 +288,7 @@ impl LazyLayer {
         for (flight, by) in self.take_off(frames).map_err(|error| (error, self.number))? {
             let landed = self.landing(flight).await.map_err(|error| (error, by))?;
             if let Some(refusal) = landed.refused.iter().find(|refusal| extents.contains(&refusal.extent)) {
-                return Err((refusal.error.clone(), by));
+                return Err((self.refused(refusal), by));
             }
         }
         Ok(())
@@ -531,7 +531,7 @@ impl LazyLayer {
         };
         for (flight, _) in self.send(&wanted, &policy, Admission::Granted(turn)) {
             let outcome = self.landing(flight).await.and_then(|landed| match landed.refused.first() {
-                Some(refusal) => Err(refusal.error.clone()),
+                Some(refusal) => Err(self.refused(refusal)),
                 None => Ok(()),
             });
             result = result.and(outcome);

@@ -274,9 +274,13 @@ struct Tools {
 impl Tools {
     /// Writes what the proof needs. Blocks.
     fn put_away(&mut self, layer: &LazyLayer) {
-        if let Some(rest) = self.rest.take()
-            && let Err(error) = rest.write(layer.directory())
-        {
+        let Some(rest) = self.rest.take() else { return };
+        // What a frame has between its extents is the writer's choice, and need not compress.
+        let room = layer.cache.store().room(rest.length());
+        let written = room
+            .map_err(|error| EnsureError::no_room(layer.digest, error))
+            .and_then(|_room| rest.write(layer.directory()).map_err(|error| layer.file_error(error)));
+        if let Err(error) = written {
             tracing::debug!(%error, "what the proof of a layer needs will be fetched again");
         }
     }

@@ -58,6 +58,11 @@ impl Records {
         self.bytes.extend_from_slice(&member);
     }
 
+    /// Returns how much there is to write, in bytes.
+    pub(crate) fn length(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// Appends everything to the file in `directory`.
     pub(crate) fn write(self, directory: &Path) -> io::Result<()> {
         if self.bytes.is_empty() {

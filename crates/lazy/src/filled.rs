@@ -37,6 +37,8 @@ const BITS: usize = 64;
 const SECTION: u64 = 4 << 10;
 /// Words are read and written together where fewer than this lie between them.
 const RUN_WORDS: usize = 64;
+/// How often it is tried to lock the file, for a second all together.
+const ATTEMPTS: u32 = 95;
 /// How often we look whether another process has taken bits away, in milliseconds.
 const HEED_MS: u64 = 200;
 
@@ -590,16 +592,16 @@ fn runs(words: &[(usize, u64)]) -> impl Iterator<Item = &[(usize, u64)]> {
 /// Keeps other processes from changing the file between our reading and writing it.
 ///
 /// A process that was stopped at the wrong moment holds the lock for as long as it is stopped, so that nobody waits for
-/// long: without the lock, bits that others set at this moment can get lost, and their extents are fetched twice.
+/// more than a second: without the lock, bits that others set at this moment can get lost, and their extents are fetched twice.
 struct Merging<'a>(Option<&'a File>);
 
 impl<'a> Merging<'a> {
     fn begin(file: &'a File) -> Self {
-        for attempt in 0..20 {
+        for attempt in 0..ATTEMPTS {
             if file.try_lock().is_ok() {
                 return Self(Some(file));
             }
-            std::thread::sleep(Duration::from_micros(50 << (attempt / 2).min(5)));
+            std::thread::sleep(Duration::from_micros(50 << (attempt / 2).min(8)));
         }
         Self(None)
     }

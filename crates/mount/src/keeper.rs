@@ -47,6 +47,8 @@ use crate::pager::{OnDeath, PagerError, PagerOptions, journal::Journal};
 
 mod inherited;
 mod message;
+#[cfg(test)]
+mod model;
 mod process;
 
 pub(crate) use inherited::Asking;
@@ -287,7 +289,7 @@ impl Link {
             .stderr(log)
             .spawn()?;
         let link = Self { socket: Arc::new(ours), child, is_lost: false };
-        let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
+        let generation = kept.journal.next_generation();
         if predecessor == Predecessor::IsDead {
             // In charge from its first packet on: where this process is killed before the last one, nobody else is there.
             kept.journal.generation().store(generation, Ordering::Release);
@@ -301,7 +303,7 @@ impl Link {
             Err(error) => {
                 if predecessor == Predecessor::IsDead {
                     // Before its socket is closed, which it would take for the death of this process.
-                    kept.journal.generation().store(generation.wrapping_add(1), Ordering::Release);
+                    kept.journal.generation().store(kept.journal.next_generation(), Ordering::Release);
                 }
                 let Self { socket, mut child, .. } = link;
                 drop(socket);

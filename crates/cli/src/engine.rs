@@ -81,18 +81,23 @@ pub(crate) fn restart() -> OnDeath {
 
 /// Takes down the mounts of processes that were killed together with their keepers, unless they are complete: those need no
 /// process. Only root has any.
-pub(crate) fn sweep_dead() {
+pub(crate) fn sweep_dead() -> register::Swept {
     if !rustix::process::geteuid().is_root() {
-        return;
+        return register::Swept::default();
     }
-    match register::sweep(Path::new(REGISTER)) {
-        Ok(swept) => {
-            for mountpoint in swept.mountpoints {
-                tracing::warn!(mountpoint = %mountpoint.display(), "unmounted what a killed process had left");
-            }
-        }
-        Err(error) => tracing::warn!(%error, "what killed processes have left is not looked for"),
+    let swept = register::sweep(Path::new(REGISTER), None).unwrap_or_else(|error| {
+        tracing::warn!(%error, "what killed processes have left is not looked for");
+        register::Swept::default()
+    });
+    for mountpoint in &swept.mountpoints {
+        let mountpoint = mountpoint.display();
+        tracing::warn!(%mountpoint, "unmounted what a killed process had left");
     }
+    for mountpoint in &swept.in_use {
+        let mountpoint = mountpoint.display();
+        tracing::error!(%mountpoint, "it is still in use: who uses it may have read zeros, and is refused from now on; end it");
+    }
+    swept
 }
 
 /// Takes down the mounts of the process whose register is at `register`.

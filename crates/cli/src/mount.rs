@@ -19,6 +19,7 @@ use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
 use loris_mount::{
     Special,
     keeper::{Inherited, Keeper},
+    mounts::Unmounted,
     rootfs::{Access, RootFs, RootFsOptions, Server},
 };
 use rustix::process::Signal;
@@ -252,11 +253,21 @@ impl Mounted {
 
 impl UmountArguments {
     pub(crate) fn run(self, global: &Global) -> failure::Result {
-        let unmounted = loris_mount::rootfs::unmount_at(&self.directory)
-            .with_context(|| format!("unmounting {}", self.directory.display()))?;
-        // Nobody else takes a mount out of the register whose processes are gone.
-        engine::sweep_dead();
-        if unmounted == loris_mount::mounts::Unmounted::Detached && !global.quiet {
+        // First: one whose processes were killed is not only to be unmounted.
+        let swept = engine::sweep_dead();
+        let directory = self.directory.canonicalize().unwrap_or_else(|_| self.directory.clone());
+        let unmounted = match (swept.in_use.contains(&directory), swept.mountpoints.contains(&directory)) {
+            (true, _) => Unmounted::Detached,
+            (_, true) => Unmounted::Whole,
+            _ => {
+                let unmounted = loris_mount::rootfs::unmount_at(&self.directory)
+                    .with_context(|| format!("unmounting {}", self.directory.display()))?;
+                // Nobody else takes one out of the register that needed no process.
+                engine::sweep_dead();
+                unmounted
+            }
+        };
+        if unmounted == Unmounted::Detached && !global.quiet {
             eprintln!("{} is still in use; it was detached and goes when its users do", self.directory.display());
         }
         Ok(Outcome::Done)

@@ -179,18 +179,22 @@ impl Drop for ErofsMount {
 
 /// Tells when a file system is shut down. An inotify watch ends with the file system, and does not keep it in use.
 #[derive(Debug)]
-struct Goodbye(OwnedFd);
+pub(crate) struct Goodbye(OwnedFd);
 
 impl Goodbye {
     fn new(root: &OwnedFd) -> io::Result<Self> {
+        Self::of(Path::new(&format!("/proc/self/fd/{}", root.as_raw_fd())))
+    }
+
+    /// Of the file system whose root is at a path.
+    pub(crate) fn of(path: &Path) -> io::Result<Self> {
         let inotify = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK)?;
-        let path = format!("/proc/self/fd/{}", root.as_raw_fd());
         // The root is never deleted: there is nothing to be read before the end.
         inotify::add_watch(&inotify, path, inotify::WatchFlags::DELETE_SELF)?;
         Ok(Self(inotify))
     }
 
-    async fn said(&self) {
+    pub(crate) async fn said(&self) {
         // SAFETY: the descriptor is borrowed from `self`, which keeps it open for longer than the watch on it lives.
         let inotify = unsafe { AsyncFd::register_with_interest(self.0.as_fd(), Interest::READABLE) };
         // Where the runtime cannot watch a descriptor, nobody is told; whoever waits waits for signals too.

@@ -9,7 +9,7 @@
 //! | the daemon, [`OnDeath::Restart`] | readers wait; the keeper starts a successor, which [inherits](Keeper::inherit) all of it |
 //! | the daemon, [`OnDeath::Clean`] | the keeper refuses reads (`EIO`), takes the mounts down, and ends when they are gone |
 //! | the keeper | the daemon starts another one |
-//! | both in the same instant | the next pager finds their register unlocked and takes the mounts down ([`crate::register`]) |
+//! | both in the same instant | the next one that mounts finds their register unlocked and takes the mounts down; of those that are in use, a keeper without a daemon refuses reads ([`crate::register`]) |
 //!
 //! A successor always starts a keeper of its own and then dismisses the one that started it. So the keeper is as new as
 //! the daemon: the binary is upgraded by ending the daemon without unmounting.
@@ -26,7 +26,7 @@ use std::{
     fs::File,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -47,6 +47,8 @@ use crate::pager::{OnDeath, PagerError, PagerOptions, journal::Journal};
 
 mod inherited;
 mod message;
+#[cfg(test)]
+mod model;
 mod process;
 
 pub(crate) use inherited::Asking;
@@ -91,7 +93,8 @@ pub struct Keeper {
 #[derive(Debug)]
 struct Start {
     program: PathBuf,
-    on_death: OnDeath,
+    mode: &'static str,
+    command: Vec<OsString>,
     patience: Duration,
     log: Option<PathBuf>,
 }
@@ -111,15 +114,26 @@ impl Keeper {
         files: Vec<(u64, [File; 2])>,
         options: &PagerOptions,
     ) -> Result<Self, PagerError> {
-        let program = match &options.keeper {
-            Some(program) => program.clone(),
-            // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
-            None => program_on_disk(std::env::current_exe().map_err(PagerError::Keeper)?),
+        let (mode, command) = match &options.on_death {
+            OnDeath::Restart(command) => (process::RESTART, command.clone()),
+            OnDeath::Clean(command) => (process::CLEAN, command.clone()),
         };
-        let start =
-            Start { program, on_death: options.on_death.clone(), patience: options.patience, log: options.log.clone() };
+        let program = program(options.keeper.as_deref()).map_err(PagerError::Keeper)?;
+        let start = Start { program, mode, command, patience: options.patience, log: options.log.clone() };
         let link = Link::start(&start, kept, files, Predecessor::MayLive).map_err(PagerError::Keeper)?;
         Ok(Self { link: Mutex::new(link), start })
+    }
+
+    /// Starts one that has no daemon: it refuses reads of files that no living process can fill, until all mounts of the
+    /// journal are gone.
+    pub(crate) fn refuse(kept: &Kept<'_>, files: Vec<(u64, [File; 2])>, keeper: Option<&Path>) -> io::Result<()> {
+        let (mode, log) = (process::REFUSE, Some("/dev/null".into()));
+        let start = Start { program: program(keeper)?, mode, command: Vec::new(), patience: Duration::ZERO, log };
+        let Link { socket, mut child, .. } = Link::start(&start, kept, files, Predecessor::IsDead)?;
+        drop(socket);
+        // Where this process lives for longer.
+        let waiting = std::thread::Builder::new().name("loris-refusing".to_owned());
+        waiting.spawn(move || child.wait()).map(drop)
     }
 
     /// Starts another one in the place of one that was killed. `files` is asked while nobody can hand over another one.
@@ -260,26 +274,22 @@ impl Link {
         for direction in [Timeout::Send, Timeout::Recv] {
             set_socket_timeout(&ours, direction, Some(ANSWER))?;
         }
-        let (mode, command): (&str, &[OsString]) = match &start.on_death {
-            OnDeath::Restart(command) => (process::RESTART, command),
-            OnDeath::Clean(command) => (process::CLEAN, command),
-        };
         let log = match &start.log {
             Some(path) => Stdio::from(File::options().create(true).append(true).open(path)?),
             None => Stdio::inherit(),
         };
         let child = Command::new(&start.program)
             .arg(VERB)
-            .arg(mode)
+            .arg(start.mode)
             .arg(start.patience.as_millis().to_string())
             .arg("--")
-            .args(command)
+            .args(&start.command)
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .stderr(log)
             .spawn()?;
         let link = Self { socket: Arc::new(ours), child, is_lost: false };
-        let generation = kept.journal.generation().load(Ordering::Acquire).wrapping_add(1);
+        let generation = kept.journal.next_generation();
         if predecessor == Predecessor::IsDead {
             // In charge from its first packet on: where this process is killed before the last one, nobody else is there.
             kept.journal.generation().store(generation, Ordering::Release);
@@ -293,7 +303,7 @@ impl Link {
             Err(error) => {
                 if predecessor == Predecessor::IsDead {
                     // Before its socket is closed, which it would take for the death of this process.
-                    kept.journal.generation().store(generation.wrapping_add(1), Ordering::Release);
+                    kept.journal.generation().store(kept.journal.next_generation(), Ordering::Release);
                 }
                 let Self { socket, mut child, .. } = link;
                 drop(socket);
@@ -317,6 +327,15 @@ impl Link {
         Message { kind: Kind::End, number: 0 }.send(&self.socket, &[])?;
         let (answer, _) = Message::receive(&self.socket)?;
         if answer.kind == Kind::End { Ok(()) } else { Err(message::garbled()) }
+    }
+}
+
+/// Returns the program that is the keeper.
+fn program(wanted: Option<&Path>) -> io::Result<PathBuf> {
+    match wanted {
+        Some(program) => Ok(program.to_owned()),
+        // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
+        None => Ok(program_on_disk(std::env::current_exe()?)),
     }
 }
 

@@ -25,6 +25,7 @@ use rustix::{
 
 use crate::{
     MOUNT_NAME, MountError, Special,
+    erofs::Goodbye,
     fsopen::{STRING_BYTES, kernel_messages},
     mounts::{self, OwnMount, Unmounted},
 };
@@ -63,13 +64,22 @@ pub struct OverlayOptions {
 #[derive(Debug)]
 pub struct OverlayMount {
     mount: OwnMount,
+    goodbye: Option<Goodbye>,
     gone: bool,
 }
 
 impl OverlayMount {
     /// Takes over the overlay at a directory, which another process mounted.
     pub(crate) fn adopt(mountpoint: &Path) -> Result<Self, MountError> {
-        Ok(Self { mount: OwnMount::note(mountpoint)?, gone: false })
+        OwnMount::note(mountpoint).map(Self::new)
+    }
+
+    fn new(mount: OwnMount) -> Self {
+        // Where a user has no inotify instance left, whoever waits is not told; it can be unmounted all the same.
+        let goodbye = Goodbye::of(mount.mountpoint());
+        let goodbye =
+            goodbye.inspect_err(|error| tracing::debug!(%error, "the end of an overlay will not be heard of"));
+        Self { mount, goodbye: goodbye.ok(), gone: false }
     }
 
     /// Mounts at a directory. Blocks for a few system calls, and for as long as the lower directories take to answer.
@@ -96,7 +106,15 @@ impl OverlayMount {
         if !mount_by_descriptor(options, mountpoint).map_err(refused)? {
             mount_classic(options, mountpoint)?;
         }
-        Ok(Self { mount: OwnMount::note(mountpoint)?, gone: false })
+        OwnMount::note(mountpoint).map(Self::new)
+    }
+
+    /// Waits until the kernel has no use for it any more: somebody has unmounted it, and nobody has a file of it open.
+    pub async fn ended(&self) {
+        match &self.goodbye {
+            Some(goodbye) => goodbye.said().await,
+            None => std::future::pending().await,
+        }
     }
 
     /// Where it is mounted.
@@ -351,7 +369,7 @@ mod tests {
                 eprintln!("skipped: names_with_special_bytes_both_ways: the kernel has no lowerdir+");
                 continue;
             }
-            let mount = OverlayMount { mount: OwnMount::note(&mountpoint).unwrap(), gone: false };
+            let mount = OverlayMount::new(OwnMount::note(&mountpoint).unwrap());
             let info = crate::mounts::find(&mountpoint).unwrap().unwrap();
             assert!(info.is_loris(), "{info:?}");
             assert_eq!(info.lower_directories()[..3], options.lower[..3], "{info:?}");
@@ -384,7 +402,7 @@ mod tests {
             } else if !mount_by_descriptor(&options, &mountpoint).unwrap() {
                 continue;
             }
-            let mount = OverlayMount { mount: OwnMount::note(&mountpoint).unwrap(), gone: false };
+            let mount = OverlayMount::new(OwnMount::note(&mountpoint).unwrap());
             for number in [0, 199] {
                 assert_eq!(fs::read(mountpoint.join(format!("only-{number}"))).unwrap(), names[number].as_bytes());
             }

@@ -49,6 +49,7 @@ use crate::{
 };
 
 mod answering;
+pub(crate) mod claim;
 mod error;
 pub mod event;
 mod files;
@@ -238,6 +239,8 @@ impl Pager {
         pager.spawn("loris-mounts", Inner::read_mounts)?;
         pager.spawn("loris-keeping", Inner::keep_keeper)?;
         for layer in inner.files.layers() {
+            // Of those that were inherited, before their old keeper, which claims them, is dismissed.
+            claim::claim(layer.kept_files()[1]).map_err(PagerError::DataFile)?;
             inner.unmark_when_complete(&layer);
         }
         Ok(pager)
@@ -374,12 +377,16 @@ impl Inner {
         // It was complete once, and a stranger has cut it.
         self.files.set_marked(layer, true);
         self.note_whole();
+        let registered = self.register().add_layer(layer.directory());
         // Again also where it is marked: a process before this one may have been killed before it came to it.
+        let [_, lock] = layer.kept_files();
         let marked = self
             .group
             .mark(layer.data_file())
+            .and_then(|()| claim::claim(lock))
             .and_then(|()| self.fill_unasked(layer))
             .map_err(|source| PagerError::mark(layer, source))
+            .and_then(|()| registered.map_err(PagerError::from))
             .and_then(|()| self.keeper.keep(id.key, layer.kept_files()).map_err(PagerError::Keeper));
         drop(marking);
         if let Err(error) = marked {
@@ -459,12 +466,14 @@ impl Inner {
     }
 
     fn unmark(&self, layer: &LazyLayer) {
+        give_claim_up(layer);
         if let Err(error) = self.group.unmark(layer.data_file()) {
             tracing::warn!(layer = %layer.digest(), %error, "a complete layer stays marked, which costs time");
             return;
         }
         if let Some(key) = self.files.set_marked(layer, false) {
             self.keeper.forget(key);
+            self.forget_layer(layer);
         }
         self.note_whole();
     }
@@ -494,10 +503,18 @@ impl Inner {
         let _marking = self.marking();
         for id in files {
             let Some(layer) = self.files.remove(*id) else { continue };
+            give_claim_up(&layer);
             if let Err(error) = self.group.unmark(layer.data_file()) {
                 tracing::warn!(layer = %layer.digest(), %error, "a layer stays marked");
             }
             self.keeper.forget(id.key);
+            self.forget_layer(&layer);
+        }
+    }
+
+    fn forget_layer(&self, layer: &LazyLayer) {
+        if let Err(error) = self.register().forget_layer(layer.directory()) {
+            tracing::warn!(layer = %layer.digest(), %error, "a layer stays registered");
         }
     }
 
@@ -511,6 +528,12 @@ impl Inner {
 
     fn register(&self) -> MutexGuard<'_, Register> {
         self.register.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn give_claim_up(layer: &LazyLayer) {
+    if let Err(error) = claim::give_up(layer.kept_files()[1]) {
+        tracing::warn!(layer = %layer.digest(), %error, "a layer stays claimed");
     }
 }
 

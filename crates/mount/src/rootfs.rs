@@ -201,10 +201,20 @@ impl RootFs {
         self.lower.as_ref().map_or(Engine::Fuse, Lower::engine)
     }
 
-    /// Waits until somebody else has taken it down, as [`unmount_at`] does. It should be dropped then.
+    /// Waits until somebody else has taken it down, as [`unmount_at`] does, or its uppermost part, as `umount(8)` does. It
+    /// should be dropped then.
     pub async fn ended(&self) {
+        let overlay = async {
+            match &self.overlay {
+                Some(overlay) => overlay.ended().await,
+                None => std::future::pending().await,
+            }
+        };
         if let Some(lower) = &self.lower {
-            lower.ended().await;
+            tokio::select! {
+                () = lower.ended() => {}
+                () = overlay => {}
+            }
         }
     }
 

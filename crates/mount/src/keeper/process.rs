@@ -11,7 +11,7 @@ use std::{
     fs::File,
     io::{self, Write as _},
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::ffi::OsStringExt,
     },
     process::ExitCode,
@@ -35,6 +35,7 @@ use super::{
 use crate::{
     fuse::devices::wire::{Connection, REQUEST_BYTES},
     pager::{
+        claim,
         event::{Answer, Event},
         group::Group,
         journal::Journal,
@@ -45,6 +46,8 @@ use crate::{
 pub(super) const RESTART: &str = "restart";
 /// Refuse reads, and run a program that takes the mounts down.
 pub(super) const CLEAN: &str = "clean";
+/// Refuse reads of what nobody else can fill, until the mounts are gone.
+pub(super) const REFUSE: &str = "refuse";
 
 /// Most layers whose files are kept.
 pub(super) const FILES: usize = 8192;
@@ -74,8 +77,7 @@ pub fn main(arguments: &[OsString]) -> ExitCode {
 /// What the keeper has.
 struct Keeper {
     socket: OwnedFd,
-    /// Whether the successor is started anew each time, or the mounts are taken down.
-    restarts: bool,
+    on_death: OnDeath,
     command: Command,
     /// After so long without a daemon, readers are refused and no longer kept waiting.
     patience: Duration,
@@ -98,6 +100,17 @@ enum Asks {
     Events(Group, OwnedFd),
     /// A connection of FUSE, and room for a request.
     Requests(Connection, Box<[u8; REQUEST_BYTES]>),
+}
+
+/// What is done when the daemon is killed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum OnDeath {
+    /// A successor is started, until one lives.
+    Restart,
+    /// The mounts are taken down.
+    Clean,
+    /// They are already, and somebody uses them still.
+    Refuse,
 }
 
 /// What ended the service of a daemon.
@@ -124,17 +137,18 @@ impl Keeper {
     fn start(arguments: &[OsString]) -> io::Result<Self> {
         let [mode, patience, separator, command @ ..] = arguments else { return Err(garbled()) };
         let patience = patience.to_str().and_then(|milliseconds| milliseconds.parse().ok()).ok_or_else(garbled)?;
-        if separator != "--" || command.is_empty() {
-            return Err(garbled());
-        }
-        let restarts = match mode.to_str() {
-            Some(RESTART) => true,
-            Some(CLEAN) => false,
+        let on_death = match mode.to_str() {
+            Some(RESTART) => OnDeath::Restart,
+            Some(CLEAN) => OnDeath::Clean,
+            Some(REFUSE) => OnDeath::Refuse,
             _ => return Err(garbled()),
         };
+        if separator != "--" || (command.is_empty() && on_death != OnDeath::Refuse) {
+            return Err(garbled());
+        }
         let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
         rustix::stdio::dup2_stdin(File::open("/dev/null")?)?;
-        let command = Command::new(command, restarts)?;
+        let command = Command::new(command, on_death == OnDeath::Restart)?;
         set_apart();
 
         let (message, descriptors) = Message::receive(&socket)?;
@@ -154,7 +168,7 @@ impl Keeper {
         let journal = Journal::attach(journal)?;
         let mut keeper = Self {
             socket,
-            restarts,
+            on_death,
             command,
             patience: Duration::from_millis(patience),
             asks,
@@ -200,9 +214,9 @@ impl Keeper {
             }
             match end {
                 End::Dismissed => return Ok(()),
-                End::Died if self.restarts => self.restart(),
+                End::Died if self.on_death == OnDeath::Restart => self.restart(),
                 End::Died => {
-                    self.refuse_until_gone(true);
+                    self.refuse_until_gone(self.on_death == OnDeath::Clean);
                     return Ok(());
                 }
                 End::Left => {
@@ -427,13 +441,24 @@ impl Keeper {
         let mut buffer = [0; 88];
         while let Ok(length) = rustix::io::read(&*group, &mut buffer) {
             let Ok(event) = Event::parse(&buffer[..length]) else { continue };
-            let _ = group.answer(event.descriptor, Answer::Deny(Errno::IO));
-            if event.descriptor >= 0 {
-                // SAFETY: the kernel opened it for this process with the event, and nobody else knows of it.
-                drop(unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(event.descriptor) });
+            if event.descriptor < 0 {
+                continue;
             }
+            // SAFETY: the kernel opened it for this process with the event, and nobody else knows of it.
+            let file = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(event.descriptor) };
+            // Others who serve the same layer are asked too. Nobody of theirs could read it otherwise.
+            let is_others = self.on_death == OnDeath::Refuse && is_answered_by_others(&self.files, &file);
+            let _ = group.answer(event.descriptor, if is_others { Answer::Allow } else { Answer::Deny(Errno::IO) });
         }
     }
+}
+
+/// Whether somebody who can fill a data file is asked too.
+fn is_answered_by_others(files: &[Option<(u64, File, File)>], file: &OwnedFd) -> bool {
+    let identity = |file: BorrowedFd<'_>| rustix::fs::fstat(file).map(|found| (found.st_dev, found.st_ino)).ok();
+    let Some(wanted) = identity(file.as_fd()) else { return false };
+    let layer = files.iter().flatten().find(|(_, data, _)| identity(data.as_fd()) == Some(wanted));
+    layer.is_some_and(|(_, _, lock)| claim::is_claimed(lock))
 }
 
 /// Notes which mounts are gone.

@@ -4,7 +4,7 @@
 //! which it is known only to a process that may be killed. A slot is free while its first word is zero.
 //!
 //! ```text
-//!  0        magic, version, slots, generation
+//!  0        magic, version, slots, generation, last generation that was given out
 //!  64..     watch descriptors of mounts, one i32 each, 0 for none        MOUNTS of them
 //!  4096..   slots of 128 bytes: the event as the kernel writes it (88), the file's key (8)
 //! ```
@@ -126,9 +126,18 @@ impl Journal {
         self.slots
     }
 
-    /// Counts the changes of keeper. A keeper of an earlier generation has nothing to keep any more.
+    /// Which keeper is in charge. One of another generation has nothing to keep any more, or not yet.
     pub(crate) fn generation(&self) -> &AtomicU32 {
         self.word32(16)
+    }
+
+    /// Returns a generation for another keeper: never the same twice, since one whose daemon was killed before it was in
+    /// charge may look at the journal late. Called by the one daemon that lives.
+    pub(crate) fn next_generation(&self) -> u32 {
+        let last = self.word32(20);
+        let next = last.load(Ordering::Acquire).max(self.generation().load(Ordering::Acquire)).wrapping_add(1);
+        last.store(next, Ordering::Release);
+        next
     }
 
     /// The table of mounts.
@@ -231,7 +240,10 @@ mod tests {
         assert_eq!(journal.read_event(1, &read).unwrap(), 8);
         journal.key(1).store(77, Ordering::Relaxed);
         journal.mounts().nth(MOUNTS - 1).unwrap().store(9, Ordering::Relaxed);
+        journal.generation().store(3, Ordering::Relaxed);
+        assert_eq!(journal.next_generation(), 4);
         journal.generation().store(4, Ordering::Relaxed);
+        assert_eq!(journal.next_generation(), 5);
 
         let copy = rustix::io::fcntl_dupfd_cloexec(journal.memory(), 0).unwrap();
         drop(journal);
@@ -241,6 +253,7 @@ mod tests {
         assert_eq!(journal.key(1).load(Ordering::Relaxed), 77);
         assert_eq!(journal.mounts().nth(MOUNTS - 1).unwrap().load(Ordering::Relaxed), 9);
         assert_eq!(journal.generation().load(Ordering::Relaxed), 4);
+        assert_eq!(journal.next_generation(), 6, "5 was given out");
         assert!(journal.is_free(0) && !journal.is_free(1));
         journal.clear(1);
         assert!(journal.is_free(1));

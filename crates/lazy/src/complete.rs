@@ -19,7 +19,7 @@ use tokio::time::Instant;
 use crate::{
     error::EnsureError,
     layer::LazyLayer,
-    plan::{fetched_range, window_bytes, windows},
+    plan::{fetched_range, small_window_bytes, window, window_bytes, windows},
     proof::Verdict,
     schedule::{Claim, Urgency},
 };
@@ -211,8 +211,11 @@ impl Sweep {
         let mut pace = Pace::begin(self);
         for (layer, count) in &self.parts {
             layer.refresh()?;
-            for window in self.windows(layer, *count) {
+            let missing = missing_frames(layer, *count);
+            let mut rest = &missing[..];
+            while !rest.is_empty() {
                 pace.keep_to(self.options.bytes_per_second).await;
+                let window = self.window(layer, &mut rest);
                 let quiet_until = if self.options.only_idle { None } else { pace.quiet_until(layer, self) };
                 let claim = Claim { quiet_until, ..layer.claim(&window, self.urgency) };
                 pace.asked(layer, &window);
@@ -226,9 +229,13 @@ impl Sweep {
         first
     }
 
-    fn windows(&self, layer: &LazyLayer, count: usize) -> Vec<Vec<FrameId>> {
-        let missing: Vec<FrameId> = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame)).collect();
-        windows(layer.index().frames(), &missing, window_bytes(layer.link()))
+    /// Takes the frames of the next request, as the link and its readers are now.
+    fn window(&self, layer: &LazyLayer, rest: &mut &[FrameId]) -> Vec<FrameId> {
+        let is_shy = self.urgency == Urgency::Completion && layer.schedule.is_demanded();
+        let bytes = if is_shy { small_window_bytes(layer.link()) } else { window_bytes(layer.link()) };
+        let (next, behind) = rest.split_at(window(layer.index().frames(), rest, bytes));
+        *rest = behind;
+        next.to_vec()
     }
 
     fn missing_bytes(&self) -> u64 {
@@ -240,8 +247,12 @@ fn outcome_is_whole(parts: &[(Arc<LazyLayer>, usize)]) -> bool {
     parts.iter().all(|(layer, count)| (0..).map(FrameId).take(*count).all(|frame| layer.has_frame(frame)))
 }
 
+fn missing_frames(layer: &LazyLayer, count: usize) -> Vec<FrameId> {
+    (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame)).collect()
+}
+
 fn missing_bytes(layer: &LazyLayer, count: usize) -> u64 {
-    let missing = (0..).map(FrameId).take(count).filter(|&frame| !layer.has_frame(frame));
+    let missing = missing_frames(layer, count).into_iter();
     missing.map(|frame| fetched_range(&layer.index().frames()[frame.0 as usize]).length).fold(0, u64::saturating_add)
 }
 

@@ -95,11 +95,13 @@ pub(crate) struct Flights {
     /// In the order of the blob.
     tickets: VecDeque<Ticket>,
     wish: Wish,
+    /// How many bytes of the request are waited for; what is behind them lies ahead.
+    waited: u64,
 }
 
 impl Flights {
-    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>, wish: Wish) -> Self {
-        Self { layer, tickets, wish }
+    pub(crate) fn new(layer: Arc<LazyLayer>, tickets: VecDeque<Ticket>, wish: Wish, waited: u64) -> Self {
+        Self { layer, tickets, wish, waited }
     }
 
     /// Brings all frames, which lie in `range`: out of other layers of the store, and, when their turn has come, from the
@@ -152,7 +154,7 @@ impl Flights {
         let requests = plan(self.layer.index.frames(), &self.frames(), |_| false, &policy);
         let part = |request: Request| {
             let tickets = self.tickets.drain(..request.frames.len()).collect();
-            (request.range, Self::new(Arc::clone(&self.layer), tickets, self.wish.clone()))
+            (request.range, Self::new(Arc::clone(&self.layer), tickets, self.wish.clone(), request.range.length))
         };
         requests.into_iter().map(part).collect()
     }
@@ -169,10 +171,10 @@ impl Flights {
         };
         let urgency = turn.urgency();
         let (whole, wholes) = mpsc::unbounded_channel();
-        let frames = self.frames();
+        let (frames, waited) = (self.frames(), self.waited);
         // What arrives while others are decoded waits for its turn: it is claimed as a whole, and never more than that.
         let fetching = async {
-            let fetched = layer.fetch_frames(range, &frames, urgency, whole).await;
+            let fetched = layer.fetch_frames(range, &frames, (urgency, waited), whole).await;
             turn.landed();
             fetched
         };
@@ -333,7 +335,7 @@ impl LazyLayer {
         &self,
         range: BlobRange,
         frames: &[FrameId],
-        urgency: Urgency,
+        (urgency, waited): (Urgency, u64),
         whole: mpsc::UnboundedSender<Whole>,
     ) -> Result<(), EnsureError> {
         Counters::add(&self.counters.requests, 1);
@@ -341,6 +343,7 @@ impl LazyLayer {
         let mut arriving = Arriving::new(range, frames.iter().map(place));
         let mut take = |piece: Bytes| {
             Counters::add(&self.counters.fetched_bytes, piece.len() as u64);
+            let urgency = if arriving.came() < waited { urgency } else { Urgency::ReadAhead };
             Counters::add(&self.counters.by_urgency[urgency as usize], piece.len() as u64);
             // Nobody takes them where decoding has panicked.
             arriving.take(piece, |frame, bytes| drop(whole.send((frame, bytes))));

@@ -27,7 +27,7 @@ use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed, Wish},
-    plan::{FetchPolicy, fetched_range, plan, windows},
+    plan::{FetchPolicy, fetched_range, go_on, plan, windows},
     proof::Verdict,
     recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
@@ -586,7 +586,10 @@ impl LazyLayer {
             }
             let fetchable =
                 |frame| !flights.contains_key(&frame) && !self.has_frame(frame) && self.check_size(frame).is_ok();
-            for request in plan(self.index.frames(), &wanted, fetchable, policy) {
+            let mut planned = plan(self.index.frames(), &wanted, fetchable, policy);
+            let mut waited = go_on(&mut planned, &wanted);
+            let count = planned.len();
+            for (number, request) in planned.into_iter().enumerate() {
                 let mut tickets = VecDeque::with_capacity(request.frames.len());
                 let mut is_wanted = false;
                 let wish = Wish::default();
@@ -599,7 +602,9 @@ impl LazyLayer {
                     flights.insert(frame, Flying { flight, by: self.number });
                     tickets.push_back(ticket);
                 }
-                requests.push((request, Flights::new(Arc::clone(self), tickets, wish), is_wanted));
+                let waited = if number + 1 == count { waited.take() } else { None };
+                let flights = Flights::new(Arc::clone(self), tickets, wish, waited.unwrap_or(request.range.length));
+                requests.push((request, flights, is_wanted));
             }
         }
         let (urgency, mut turn) = match admission {

@@ -67,20 +67,30 @@ pub fn window_bytes(link: Option<Link>) -> u64 {
     u64::try_from(bytes).unwrap_or(u64::MAX).clamp(128 << 10, 4 << 20)
 }
 
+/// Returns the same while others read on demand, or may soon again: what is under way when they do shares the link with
+/// them.
+#[must_use]
+pub fn small_window_bytes(link: Option<Link>) -> u64 {
+    (window_bytes(link) / 4).max(64 << 10)
+}
+
+/// Returns how many of a sorted list of frames make a request of about `bytes`; one at least.
+#[must_use]
+pub fn window(frames: &[Frame], wanted: &[FrameId], bytes: u64) -> usize {
+    let Some(first) = wanted.first() else { return 0 };
+    let start = fetched_range(&frames[first.0 as usize]).start.0;
+    let fits = |id: &FrameId| fetched_range(&frames[id.0 as usize]).end().0 - start <= bytes;
+    wanted.iter().position(|id| !fits(id)).unwrap_or(wanted.len()).max(1)
+}
+
 /// Cuts a sorted list of frames into pieces that make a request of about `bytes` each.
 #[must_use]
 pub fn windows(frames: &[Frame], wanted: &[FrameId], bytes: u64) -> Vec<Vec<FrameId>> {
-    let mut windows: Vec<Vec<FrameId>> = Vec::new();
-    let mut start = 0;
-    for &id in wanted {
-        let range = fetched_range(&frames[id.0 as usize]);
-        match windows.last_mut() {
-            Some(window) if range.end().0 - start <= bytes => window.push(id),
-            _ => {
-                start = range.start.0;
-                windows.push(vec![id]);
-            }
-        }
+    let (mut windows, mut rest) = (Vec::new(), wanted);
+    while !rest.is_empty() {
+        let (next, behind) = rest.split_at(window(frames, rest, bytes));
+        windows.push(next.to_vec());
+        rest = behind;
     }
     windows
 }
@@ -143,6 +153,22 @@ pub fn plan(
         requests.push(ahead);
     }
     requests
+}
+
+/// Lets the last request, which somebody waits for, go on with what lies ahead of it, where that stands right behind it:
+/// the bytes of one answer follow each other, those of two share the link. `wanted` is sorted. Returns how many bytes of
+/// the last request are waited for, where it has become longer than that.
+pub(crate) fn go_on(requests: &mut Vec<Request>, wanted: &[FrameId]) -> Option<u64> {
+    let [.., last, ahead] = &mut requests[..] else { return None };
+    let is_ahead = ahead.frames.iter().all(|frame| wanted.binary_search(frame).is_err());
+    if !is_ahead || ahead.range.start != last.range.end() {
+        return None;
+    }
+    let waited = last.range.length;
+    last.range.length += ahead.range.length;
+    last.frames.append(&mut ahead.frames);
+    requests.pop();
+    Some(waited)
 }
 
 /// Says whether a request may grow to take in a further range, at most `gap` bytes behind its end.
@@ -240,6 +266,35 @@ mod tests {
         assert_eq!(fetched_range(&frame), BlobRange { start: BlobOffset(7), length: (1 << 20) + 20 });
         frame.decoded_length = u64::MAX;
         assert_eq!(fetched_range(&frame), frame.range);
+    }
+
+    #[test]
+    fn what_lies_ahead_comes_in_the_same_answer_where_it_stands_right_behind() {
+        let frames = [frame(0, 100), frame(100, 100), frame(210, 100), frame(310, 100)];
+        let policy = FetchPolicy { read_ahead_bytes: 150, ..FetchPolicy::EXACT };
+        let planned = |wanted: &[u32]| {
+            let wanted = ids(wanted);
+            let mut requests = plan(&frames, &wanted, |_| true, &FetchPolicy { gap_bytes: 0, ..policy });
+            let waited = go_on(&mut requests, &wanted);
+            let ranges: Vec<_> = requests.iter().map(|request| (request.range.start.0, request.range.length)).collect();
+            (ranges, requests.last().map_or(0, |request| request.frames.len()), waited)
+        };
+        assert_eq!(planned(&[0]), (vec![(0, 200)], 2, Some(100)));
+        assert_eq!(planned(&[1]), (vec![(100, 100), (210, 100)], 1, None));
+        assert_eq!(planned(&[0, 2]), (vec![(0, 100), (210, 200)], 2, Some(100)));
+        assert_eq!(planned(&[2, 3]), (vec![(210, 200)], 2, None));
+        assert_eq!(planned(&[1, 2]), (vec![(100, 100), (210, 200)], 2, Some(100)));
+        assert_eq!(planned(&[]), (vec![], 0, None));
+    }
+
+    #[test]
+    fn windows_are_as_long_as_they_may_be() {
+        let frames = [frame(0, 100), frame(100, 100), frame(300, 100), frame(400, 900)];
+        let all = ids(&[0, 1, 2, 3]);
+        assert_eq!(windows(&frames, &all, 200), [ids(&[0, 1]), ids(&[2]), ids(&[3])]);
+        assert_eq!(windows(&frames, &all, 1), [ids(&[0]), ids(&[1]), ids(&[2]), ids(&[3])]);
+        assert_eq!(windows(&frames, &all, u64::MAX), std::slice::from_ref(&all));
+        assert_eq!(window(&frames, &[], 1), 0);
     }
 
     fn any_frames() -> impl Strategy<Value = Vec<Frame>> {

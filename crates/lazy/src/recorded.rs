@@ -57,7 +57,7 @@ impl Recorder {
             let (start, end) = (extent.file_offset.0, extent.file_offset.0 + extent.length);
             match parts.last_mut() {
                 Some((last, node, bytes)) if (*last, *node, bytes.end) == (number, extent.node, start) => {
-                    bytes.end = end
+                    bytes.end = end;
                 }
                 _ => parts.push((number, extent.node, start..end)),
             }

@@ -232,6 +232,11 @@ impl Schedule {
         }
     }
 
+    /// Says whether somebody reads on demand, or has lately.
+    pub(crate) fn is_demanded(&self) -> bool {
+        self.state().quiet_from(Instant::now(), LONG_QUIET).is_some()
+    }
+
     /// Takes in what is known of the link: the longest round trip counts for as long as it is the latest.
     pub(crate) fn note_round_trip(&self, round_trip: Duration) {
         self.state().round_trip = round_trip;

@@ -23,7 +23,7 @@ pub struct TestSource {
     requests: Mutex<Vec<(Digest, Range<u64>)>>,
     fault: Mutex<Option<Fault>>,
     open: watch::Sender<bool>,
-    withheld_from: watch::Sender<u64>,
+    withheld: watch::Sender<Range<u64>>,
     breaks_at: Mutex<Option<u64>>,
     waiting: AtomicUsize,
     /// Answers of somebody else, once this one is distrusted.
@@ -39,7 +39,7 @@ impl TestSource {
             requests: Mutex::default(),
             fault: Mutex::default(),
             open: watch::channel(true).0,
-            withheld_from: watch::channel(u64::MAX).0,
+            withheld: watch::channel(0..0).0,
             breaks_at: Mutex::default(),
             waiting: AtomicUsize::new(0),
             other: Mutex::default(),
@@ -97,7 +97,12 @@ impl TestSource {
 
     /// Holds the bytes of all answers back from this offset of the blob on; [`u64::MAX`] for none.
     pub fn withhold_from(&self, offset: u64) {
-        self.withheld_from.send_replace(offset);
+        self.withhold(offset..u64::MAX);
+    }
+
+    /// Holds these bytes of the blob back, and what stands behind them in the same answer.
+    pub fn withhold(&self, bytes: Range<u64>) {
+        self.withheld.send_replace(bytes);
     }
 
     /// Breaks one answer off at this offset of the blob.
@@ -172,7 +177,8 @@ impl ImageSource for TestSource {
         let mut at = range.start;
         let breaks_at = self.breaks_at.lock().unwrap().take_if(|at| range.contains(at)).unwrap_or(u64::MAX);
         while !rest.is_empty() {
-            let end = *self.withheld_from.subscribe().wait_for(|end| *end > at).await.unwrap();
+            let next = self.withheld.subscribe().wait_for(|withheld| !withheld.contains(&at)).await.unwrap().start;
+            let end = if next > at { next } else { u64::MAX };
             let most = usize::try_from(end.min(breaks_at) - at).unwrap_or(usize::MAX);
             let piece = rest.split_to(1000.min(rest.len()).min(most));
             at += piece.len() as u64;

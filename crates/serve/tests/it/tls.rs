@@ -8,8 +8,10 @@ use std::{
     time::Duration,
 };
 
+use futures_util::StreamExt as _;
+use loris_format::digest::Digest;
 use loris_oci::{
-    ImageSource as _, Reference, auth,
+    Descriptor, ImageSink as _, ImageSource as _, Reference, auth,
     registry::{Client, Config},
 };
 use loris_serve::{
@@ -104,4 +106,71 @@ async fn our_client_speaks_http_2() {
     assert!(old.get(format!("https://{}/v2/", server.address())).send().await.is_err());
     link.stop();
     server.stop().await;
+}
+
+/// Ranges of a blob over HTTP/2, which is one connection, and over several connections of HTTP/1. Prints; asserts nothing
+/// but that the bytes come. What it showed is in docs/figures.md.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "a measurement"]
+async fn protocols_over_a_link() {
+    const BLOB: usize = 16 << 20;
+    let blob: bytes::Bytes = (0..=250).cycle().take(BLOB).collect::<Vec<u8>>().into();
+    let descriptor = Descriptor::new("application/octet-stream", Digest::sha256_of(&blob), BLOB as u64);
+    let servers: Vec<_> = [b"h2".as_slice(), b"http/1.1"]
+        .into_iter()
+        .map(|protocol| {
+            let directory = tempfile::tempdir().unwrap();
+            let (server, certificate) = serve("tls::protocols_over_a_link", directory.path(), &[protocol]).unwrap();
+            (String::from_utf8_lossy(protocol).into_owned(), server, certificate, directory)
+        })
+        .collect();
+    let client = |certificate: &Path| {
+        let ca_files = vec![certificate.to_owned()];
+        let environment = auth::Environment::default();
+        Client::new(Config { environment, cert_roots: Vec::new(), ca_files, ..Config::default() }).unwrap()
+    };
+    for (_, server, certificate, _) in &servers {
+        let reference: Reference = format!("{}/a/b:latest", server.address()).parse().unwrap();
+        let content = blob.clone();
+        let stream = Box::pin(futures_util::stream::once(async move { Ok(content) }));
+        client(certificate).sink(&reference).put_blob(&descriptor, stream).await.unwrap();
+    }
+    let limited = |rate: u64, milliseconds: u64, own: u64| LinkOptions {
+        connection_bits_per_second: std::num::NonZeroU64::new(own * 1_000_000),
+        ..LinkOptions::symmetric(rate * 1_000_000, Duration::from_millis(milliseconds) / 2)
+    };
+    for (rate, milliseconds, own) in [(1000, 1, 0), (100, 20, 0), (25, 80, 0), (1000, 20, 200)] {
+        // How many ranges, and how long each is: many small ones, and four at once that fill the link.
+        for (count, bytes, at_once) in [(48, 64 << 10, 8), (12, 512 << 10, 4)] {
+            let mut seconds = vec![Vec::new(); servers.len()];
+            for _ in 0..3 {
+                for (number, (_, server, certificate, _)) in servers.iter().enumerate() {
+                    let link = Link::start(limited(rate, milliseconds, own), server.address()).unwrap();
+                    let reference: Reference = format!("{}/a/b:latest", link.address()).parse().unwrap();
+                    let source = client(certificate).source(&reference);
+                    let began = std::time::Instant::now();
+                    let ranges =
+                        futures_util::stream::iter(
+                            (0..count).map(|range| {
+                                let start = range * bytes;
+                                let (source, descriptor) = (&source, &descriptor);
+                                async move {
+                                    source.blob_range(descriptor, start..start + bytes).await.unwrap().len() as u64
+                                }
+                            }),
+                        );
+                    let lengths: Vec<u64> = ranges.buffer_unordered(at_once).collect().await;
+                    assert!(lengths.iter().all(|&length| length == bytes));
+                    seconds[number].push(began.elapsed().as_secs_f64());
+                }
+            }
+            for (times, (protocol, ..)) in seconds.iter_mut().zip(&servers) {
+                times.sort_by(f64::total_cmp);
+                println!(
+                    "{rate} Mbit/s {milliseconds} ms, {own} a connection, {count} x {bytes}: {protocol} {:.3} s",
+                    times[1]
+                );
+            }
+        }
+    }
 }

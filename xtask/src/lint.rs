@@ -3,14 +3,15 @@
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    edges,
+    edges, protos,
     run::{cargo, run, workspace},
 };
 
-/// Checks format, clippy, documentation, edges, spelling rules of the source, and licences where cargo-deny is there.
+/// Checks format, clippy, documentation, edges, generated code, spelling rules of the source, and licences where cargo-deny is there.
 pub fn lint() -> Result<()> {
     run(cargo().args(["fmt", "--all", "--check"]))?;
     edges::check()?;
+    protos::listed()?;
     sources()?;
     run(cargo().args(["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"]))?;
     run(cargo().args(["doc", "--quiet", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))?;

@@ -1,4 +1,4 @@
-//! The project's own chores: `cargo xtask demo | test | lint | peers | fuzz`.
+//! The project's own chores: `cargo xtask demo | test | lint | peers | protos | fuzz`.
 //!
 //! Each command installs what it needs, from Debian's packages and crates.io alone, and says what it does. Nothing here is
 //! part of the product.
@@ -8,6 +8,7 @@ mod edges;
 mod fuzz;
 mod lint;
 mod peers;
+mod protos;
 mod run;
 mod test;
 
@@ -44,6 +45,12 @@ enum Chore {
     Lint,
     /// Install the real peers that tests and benchmarks run against (Debian packages; needs root)
     Peers,
+    /// Generate the code of containerd's and Kubernetes' protocols
+    Protos {
+        /// Change nothing; fail where the code would be another
+        #[arg(long)]
+        check: bool,
+    },
     /// Run fuzz targets, each for a while (installs cargo-fuzz)
     Fuzz {
         /// Seconds for each target
@@ -60,6 +67,7 @@ fn main() -> ExitCode {
         Chore::Test { no_install, arguments } => test::test(no_install, &arguments),
         Chore::Lint => lint::lint(),
         Chore::Peers => peers::install(),
+        Chore::Protos { check } => protos::protos(check),
         Chore::Fuzz { seconds, targets } => fuzz::fuzz(seconds, &targets),
     };
     match outcome {

@@ -30,6 +30,7 @@ const PEERS: &[(&str, &str)] = &[
     ("setpriv", "util-linux"),
     ("iptables", "iptables"),
     ("go", "golang-go"),
+    ("kubectl", "kubernetes-client"),
 ];
 
 /// Libraries that tests build small programs against: a file that tells that one is there, and its package.

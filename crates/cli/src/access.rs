@@ -12,7 +12,7 @@ use clap::{ArgAction, Args, value_parser};
 use loris_format::digest::Digest;
 use loris_oci::{
     ImageSink, ImageSource, Platform, Platforms,
-    auth::Credentials,
+    auth::{Credentials, Keychain},
     name::{ImageName, OpenOptions, open_sink, open_source},
     registry::{Client, Config},
 };
@@ -128,7 +128,13 @@ impl Access {
 
     /// Returns what asks registries.
     pub(crate) fn client(&self) -> Result<Client> {
+        self.client_with(Vec::new())
+    }
+
+    /// Returns what asks registries, with credentials that are in no file.
+    pub(crate) fn client_with(&self, keychains: Vec<Arc<dyn Keychain>>) -> Result<Client> {
         let mut config = Config {
+            keychains,
             plain_http: self.plain_http,
             tls_verify: self.tls_verify,
             ca_files: self.ca.clone(),

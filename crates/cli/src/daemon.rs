@@ -9,6 +9,7 @@ use loris_mount::keeper::Keeper;
 use loris_snapshotter::{
     Daemon, ahead,
     daemon::{Settings, Started},
+    keychain::{self, Keychains},
     listener, remote, watching,
 };
 use tokio::signal::unix::{SignalKind, signal};
@@ -107,8 +108,10 @@ impl SnapshotterArguments {
 
     fn settings(&self, global: &Global) -> anyhow::Result<Settings> {
         let trust = if self.allow_unverified { Trust::Anything } else { Trust::Vouched };
+        // Which ones there are is a matter of the configuration.
+        let keychains = Keychains::new(&keychain::Settings::default(), &self.root)?;
         let images = remote::Settings {
-            client: global.access.client()?,
+            client: global.access.client_with(keychains.list())?,
             store: self.place.open()?,
             open: OpenOptions { trust, policy: FetchPolicy::MOUNT, ..OpenOptions::default() },
             patience: Duration::from_secs(self.open_timeout),
@@ -118,6 +121,7 @@ impl SnapshotterArguments {
             address: self.address.clone(),
             listener: self.listener_fd.map(listener::inherited).transpose().context("taking over the socket")?,
             images,
+            image_service: keychains.image_service(),
             ahead: ahead::Settings { prefetch: !self.no_prefetch, complete: self.completing.completion() },
             mount_options: self.mount_option.clone(),
             engine: self.engine.engine,

@@ -1,6 +1,6 @@
-//! Credentials, found where Podman and Docker keep them.
+//! Credentials, found where Podman and Docker keep them, or in a [`Keychain`].
 //!
-//! The order is that of containers-auth.json(5): a file that was named (`--authfile`, `REGISTRY_AUTH_FILE`) and no other;
+//! The order of files is that of containers-auth.json(5): a file that was named (`--authfile`, `REGISTRY_AUTH_FILE`) and no other;
 //! or else `$XDG_RUNTIME_DIR/containers/auth.json`, `$XDG_CONFIG_HOME/containers/auth.json`, Docker's `config.json`
 //! (`$DOCKER_CONFIG` or `~/.docker`), `~/.dockercfg`. The first file with credentials for the repository or one of its
 //! parents (`host/ns/repo`, `host/ns`, `host`) wins. Within a file, as in Docker: `credHelpers` for the host, then
@@ -19,8 +19,10 @@ use crate::place::Error;
 
 mod file;
 mod helper;
+mod keychain;
 
 use file::AuthFile;
+pub use keychain::Keychain;
 
 /// Largest file of credentials, in bytes; they have a few kilobytes.
 const FILE_BYTES: u64 = 4 << 20;
@@ -39,6 +41,14 @@ pub enum Credentials {
     Identity(String),
     /// A token that is shown to the registry as it is.
     Bearer(String),
+}
+
+impl Credentials {
+    /// Reads what Docker calls `auth`: user name and password in Base64. `None` where it is something else.
+    #[must_use]
+    pub fn from_auth_field(auth: &str) -> Option<Self> {
+        file::from_auth_field(auth)
+    }
 }
 
 /// Only the kind: secrets stay out of logs.
@@ -122,6 +132,17 @@ fn runtime_file(directory: &Path) -> PathBuf {
 fn user_id() -> Option<u32> {
     use std::os::unix::fs::MetadataExt as _;
     Some(std::fs::metadata("/proc/self").ok()?.uid())
+}
+
+/// Returns what a text in the form of Docker's `config.json` has in `auths`, by the keys as they stand there. `is_legacy` says
+/// that it is the older `.dockercfg`, which is that map alone. For such texts that are in no file.
+///
+/// # Errors
+///
+/// [`Error::Invalid`], naming the text `what`, where it is not JSON of the right form.
+pub fn entries(what: &str, text: &[u8], is_legacy: bool) -> Result<Vec<(String, Credentials)>, Error> {
+    let settings = file::Settings::parse(text, is_legacy);
+    settings.map(file::Settings::into_entries).map_err(|detail| Error::Invalid { what: what.to_owned(), detail })
 }
 
 /// Returns the credentials for a repository, `None` where there are none.

@@ -28,6 +28,7 @@ use crate::{Reference, document::Descriptor, place::Error};
 
 mod anchors;
 mod blob;
+mod candidates;
 mod challenge;
 mod config;
 mod connections;

@@ -2,7 +2,7 @@
 //!
 //! | what happens | what becomes of mounts |
 //! |---|---|
-//! | SIGKILL, a crash, an upgrade | reads wait; a successor or a fresh process takes over (see [`handover`](crate::handover)) |
+//! | SIGKILL, a crash, an upgrade | reads wait; a successor or a fresh process takes over (see `handover`) |
 //! | [`Daemon::leave`] (SIGTERM) | the same: a successor serves reads, but nothing else, until a fresh process comes |
 //! | [`Daemon::take_down`] (SIGINT) | they are taken down; snapshots stay known |
 //! | the machine starts anew | they are mounted again when somebody asks for them |
@@ -35,7 +35,8 @@ use tokio::runtime::Handle;
 use crate::{
     ahead::{self, Ahead},
     handover::{self, Control, Entered, Left},
-    listener::Listener,
+    keychain::cri::ImageService,
+    listener::{self, Listener},
     lowers::{self, LowerKey, Lowers},
     metadata::{Metadata, MetadataError, Snapshot},
     mounting::MountSettings,
@@ -62,10 +63,13 @@ pub struct Settings {
     /// The socket that containerd is told of.
     pub address: PathBuf,
     /// It, where somebody listens there already: a service manager, or a process that was killed
-    /// ([`listener::inherited`](crate::listener::inherited)).
+    /// ([`listener::inherited`]).
     pub listener: Option<OwnedFd>,
     /// How images are opened.
     pub images: remote::Settings,
+    /// What kubelet is served with beside containerd, where it is (`Keychains::image_service`; the client of `images` must
+    /// have the same keychains).
+    pub image_service: Option<ImageService>,
     /// What is fetched ahead.
     pub ahead: ahead::Settings,
     /// More options of snapshots that can be written.
@@ -125,6 +129,7 @@ pub enum Started {
 pub struct Daemon {
     root: PathBuf,
     snapshots: Snapshots,
+    image_service: Option<ImageService>,
     control: Control,
     /// `None` where it rests.
     listener: Option<Listener>,
@@ -144,8 +149,18 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`]. What was mounted stays so.
     pub async fn start(settings: Settings, keeper: Option<OwnedFd>) -> Result<Started, DaemonError> {
-        let Settings { root, address, listener, images, ahead, mount_options, engine, mut pager, is_managed } =
-            settings;
+        let Settings {
+            root,
+            address,
+            listener,
+            images,
+            image_service,
+            ahead,
+            mount_options,
+            engine,
+            mut pager,
+            is_managed,
+        } = settings;
         let failed = |source| DaemonError::Root { path: root.clone(), source };
         make_root(&root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
@@ -189,7 +204,7 @@ impl Daemon {
         let mounts = MountSettings::of_this_machine(mount_options);
         let images = Arc::new(Images::new(images));
         let snapshots = Snapshots::new(&root, metadata, images, Arc::clone(&lowers), ahead, mounts)?;
-        let daemon = Self { root, snapshots, control, listener, _lock: lock };
+        let daemon = Self { root, snapshots, image_service, control, listener, _lock: lock };
         daemon.take_over(inherited, &pager, &runtime).await?;
         Ok(Started::Serving(Box::new(daemon)))
     }
@@ -278,21 +293,30 @@ impl Daemon {
             self.rest().await;
             return Ok(());
         };
-        let incoming = futures_util::stream::unfold(listener.socket()?, |listener| async {
-            let accepted = listener.accept().await.map(|(stream, _)| stream);
-            if accepted.is_err() {
-                // No descriptor is left, mostly.
-                tokio::time::sleep(FIRST_PAUSE).await;
-            }
-            Some((accepted, listener))
-        });
         let service = SnapshotsServer::new(Service::new(self.snapshots.clone()))
             .max_decoding_message_size(MESSAGE_BYTES)
             .max_encoding_message_size(MESSAGE_BYTES);
         tracing::info!(address = %listener.address().display(), "serving snapshots");
-        let serving = tonic::transport::Server::builder().add_service(service).serve_with_incoming(incoming);
+        let of_kubelet = self.image_service.as_ref();
+        let elsewhere = of_kubelet.and_then(|service| Some((service, service.listen_path()?)));
+        let here = of_kubelet.filter(|service| service.listen_path().is_none());
+        let serving = tonic::transport::Server::builder()
+            .add_service(service)
+            .add_optional_service(here.map(ImageService::v1))
+            .add_optional_service(here.map(ImageService::v1alpha2))
+            .serve_with_incoming(listener::incoming(listener.socket()?));
+        let serving_kubelet = async {
+            match elsewhere {
+                Some((service, path)) => {
+                    tracing::info!(address = %path.display(), "serving kubelet's image service");
+                    service.serve(listener::listen(path).map_err(io::Error::other)?).await
+                }
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             served = serving => served.map_err(io::Error::other),
+            served = serving_kubelet => served,
             () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }

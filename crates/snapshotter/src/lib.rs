@@ -13,9 +13,10 @@
 //! ```
 //!
 //! - [`labels`]: what clients say of a layer. [`filter`]: how they ask for lists.
+//! - [`keychain`]: credentials that only a node of a cluster has.
 //! - [`daemon`]: all of it, started, and taken over from a process that was killed.
 //! - [`metrics`], [`report`]: what is counted, and what is known, for those who look.
-//! - [`proto`]: containerd's protocol, generated.
+//! - [`proto`]: containerd's protocols, generated.
 //!
 //! What this crate must not know: the command line, formats of layers, how the kernel is asked.
 #![forbid(unsafe_code)]
@@ -24,6 +25,7 @@ pub mod ahead;
 pub mod daemon;
 pub mod filter;
 mod handover;
+pub mod keychain;
 pub mod labels;
 pub mod listener;
 pub mod lowers;

@@ -16,8 +16,10 @@ use std::{
         },
     },
     path::{Path, PathBuf},
+    time::Duration,
 };
 
+use futures_util::Stream;
 use loris_mount::pager::OnDeath;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
@@ -25,6 +27,9 @@ use crate::DaemonError;
 
 /// How a successor is told the descriptor's number.
 pub const ARGUMENT: &str = "--listener-fd";
+
+/// After a connection that could not be accepted.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A socket that is listened on.
 #[derive(Debug)]
@@ -82,6 +87,34 @@ impl Listener {
     pub(crate) fn remove(&self) {
         let _ = std::fs::remove_file(&self.address);
     }
+}
+
+/// Listens on an address, for this process alone.
+///
+/// # Errors
+/// See [`DaemonError::Socket`]; also where somebody listens there.
+pub fn listen(address: &Path) -> Result<tokio::net::UnixListener, DaemonError> {
+    let listen = || {
+        if std::os::unix::net::UnixStream::connect(address).is_ok() {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "somebody listens there"));
+        }
+        let listener = bind(address)?;
+        listener.set_nonblocking(true)?;
+        tokio::net::UnixListener::from_std(listener)
+    };
+    listen().map_err(|source| DaemonError::Socket { path: address.to_owned(), source })
+}
+
+/// Connections to a socket.
+pub(crate) fn incoming(listener: tokio::net::UnixListener) -> impl Stream<Item = io::Result<tokio::net::UnixStream>> {
+    futures_util::stream::unfold(listener, |listener| async {
+        let accepted = listener.accept().await.map(|(stream, _)| stream);
+        if accepted.is_err() {
+            // No descriptor is left, mostly.
+            tokio::time::sleep(PAUSE).await;
+        }
+        Some((accepted, listener))
+    })
 }
 
 /// Whether the command is that of a successor, which has the descriptor.

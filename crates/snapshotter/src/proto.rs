@@ -1,4 +1,4 @@
-//! containerd's protocol, generated from the files in `proto/` by `cargo xtask protos`.
+//! containerd's protocols, generated from the files in `proto/` by `cargo xtask protos`.
 //!
 //! The modules have the shape that the generated code expects of its packages.
 
@@ -19,5 +19,22 @@ pub mod containerd {
         }
     }
 }
+
+/// Kubernetes' interface to container runtimes.
+pub mod runtime {
+    /// Its first version.
+    pub mod v1 {
+        include!("proto/runtime.v1.rs");
+
+        /// Whether there is something: secrets stay out of logs.
+        impl std::fmt::Debug for AuthConfig {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.debug_struct("AuthConfig").field("server_address", &self.server_address).finish_non_exhaustive()
+            }
+        }
+    }
+}
+
+pub use runtime::v1 as cri;
 
 pub use containerd::{services::snapshots::v1 as snapshots, types};

@@ -44,7 +44,7 @@ use self::{
 pub use self::{
     access::{Access, Tokens},
     fault::{Effect, Fault},
-    program::{DockerRegistry, DockerRegistryOptions},
+    program::{DockerRegistry, DockerRegistryOptions, make_certificates},
 };
 
 /// A running registry.

@@ -71,10 +71,17 @@ impl AuthFile {
     }
 
     fn parse(&self, text: &[u8]) -> Result<Settings, String> {
+        Settings::parse(text, self.legacy)
+    }
+}
+
+impl Settings {
+    /// Reads a text; `is_legacy` says that it is the map of `auths` alone.
+    pub(super) fn parse(text: &[u8], is_legacy: bool) -> Result<Self, String> {
         if text.trim_ascii().is_empty() {
-            return Ok(Settings::default());
+            return Ok(Self::default());
         }
-        let parsed = if self.legacy {
+        let parsed = if is_legacy {
             serde_json::from_slice(text).map(|auths| Settings { auths, ..Settings::default() })
         } else {
             serde_json::from_slice(text)
@@ -84,9 +91,13 @@ impl AuthFile {
             format!("not a file of credentials (JSON, line {}, column {})", error.line(), error.column())
         })
     }
-}
 
-impl Settings {
+    /// Returns what `auths` has, by key.
+    pub(super) fn into_entries(self) -> Vec<(String, Credentials)> {
+        let entries = self.auths.into_iter();
+        entries.filter_map(|(key, entry)| Some((key, entry.credentials()?))).collect()
+    }
+
     /// Returns the helper that holds a registry's credentials, by the name behind `docker-credential-`.
     pub(super) fn helper(&self, registry: &str) -> Option<&str> {
         let named = self.cred_helpers.iter().find(|(key, _)| normalized(key) == registry).map(|(_, helper)| helper);
@@ -121,13 +132,22 @@ impl Entry {
             return Some(Credentials::Bearer(token));
         }
         if let Some(decoded) = text(&self.auth).and_then(|auth| BASE64.decode(auth.trim()).ok()) {
-            let decoded = String::from_utf8(decoded).ok()?;
-            // Docker has padded passwords with NUL, and takes them off.
-            let (username, password) = decoded.trim_end_matches('\0').split_once(':')?;
-            return Some(Credentials::Basic { username: username.to_owned(), password: password.to_owned() });
+            return basic(decoded);
         }
         Some(Credentials::Basic { username: text(&self.username)?, password: text(&self.password)? })
     }
+}
+
+/// Reads a field `auth`: user name and password in Base64.
+pub(super) fn from_auth_field(auth: &str) -> Option<Credentials> {
+    basic(BASE64.decode(auth.trim()).ok()?)
+}
+
+fn basic(decoded: Vec<u8>) -> Option<Credentials> {
+    let decoded = String::from_utf8(decoded).ok()?;
+    // Docker has padded passwords with NUL, and takes them off.
+    let (username, password) = decoded.trim_end_matches('\0').split_once(':')?;
+    Some(Credentials::Basic { username: username.to_owned(), password: password.to_owned() })
 }
 
 /// Returns the key that helpers know a registry by.

@@ -1,6 +1,6 @@
 //! What the command line and configuration files decide about registries.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use loris_format::limits::Limits;
 
@@ -33,6 +33,9 @@ pub struct Config {
     pub stargz_config: Option<PathBuf>,
     /// User name and password for every registry, instead of those in files (`--creds`). Mirrors are not shown them.
     pub credentials: Option<auth::Credentials>,
+    /// What has credentials beside files. Asked in this order, and before the files: what was said of an image goes before
+    /// what was said of the machine.
+    pub keychains: Vec<Arc<dyn auth::Keychain>>,
     /// Where files of credentials are.
     pub environment: auth::Environment,
     /// Longest wait for a connection, TLS included.
@@ -83,6 +86,7 @@ impl Default for Config {
             hosts_live: Duration::from_secs(60),
             stargz_config: None,
             credentials: None,
+            keychains: Vec::new(),
             environment,
             connect_timeout: Duration::from_secs(15),
             stall_timeout: Duration::from_secs(30),
@@ -106,6 +110,8 @@ impl Config {
     pub(super) fn remedy(&self) -> &'static str {
         if self.credentials.is_some() {
             "check the user name and password that were given with --creds or LORIS_CREDS, and what they permit"
+        } else if !self.keychains.is_empty() {
+            "log in with `podman login` or `docker login`, name a pull secret in the cluster, or check the permissions"
         } else {
             "log in with `podman login` or `docker login`, or check the permissions"
         }

@@ -14,6 +14,7 @@ use tokio::sync::{Mutex as AsyncMutex, OnceCell};
 
 use super::{
     Client,
+    candidates::Candidates,
     challenge::Challenge,
     connections::may_be_plain,
     hosts::{self, Endpoint, Settings},
@@ -23,13 +24,8 @@ use super::{
     tls,
     token::Slot,
 };
-use crate::{
-    auth::{self, Credentials},
-    place::Error,
-};
+use crate::{auth::Credentials, place::Error};
 
-/// How long credentials are used before files and helpers are asked again: helpers hand out some that expire.
-const CREDENTIALS_LIVE: Duration = Duration::from_secs(300);
 /// How long it is remembered that ranges are ignored; a proxy on the way may have been at fault.
 const RANGES_REMEMBERED: Duration = Duration::from_secs(300);
 /// Longest wait for the first byte of a server that may or may not speak TLS.
@@ -51,7 +47,7 @@ pub(super) struct Host {
     mirror_of: Option<String>,
     base: OnceCell<Url>,
     state: Mutex<State>,
-    credentials: AsyncMutex<HashMap<String, (Instant, Option<Credentials>)>>,
+    credentials: AsyncMutex<HashMap<String, Candidates>>,
 }
 
 #[derive(Default)]
@@ -167,14 +163,17 @@ impl Host {
     }
 
     /// Returns the `Authorization` for a request; `None` where nothing is known to be wanted, or nothing is there to show.
+    /// `used` becomes the credentials that it is, or was asked for with.
     pub(super) async fn authorization(
         &self,
         client: &Client,
         repository: &str,
         scopes: &Scopes,
+        used: &mut Option<Credentials>,
     ) -> Result<Option<HeaderValue>, Error> {
         let Some(challenge) = self.challenge() else { return Ok(None) };
         let credentials = self.credentials(client, repository).await?;
+        used.clone_from(&credentials);
         match (challenge, credentials) {
             (_, Some(Credentials::Bearer(token))) => bearer(&token).map(Some).ok_or_else(|| self.odd_secret()),
             (Challenge::Basic, Some(Credentials::Basic { username, password })) => {
@@ -193,7 +192,7 @@ impl Host {
 
     /// Takes note that a request with `shown` was answered 401: what was shown is not shown again.
     pub(super) async fn refused(&self, challenge: Challenge, shown: Option<&HeaderValue>, scopes: &Scopes) {
-        self.credentials.lock().await.clear();
+        self.credentials.lock().await.values_mut().for_each(Candidates::expire);
         let slot = {
             let mut state = self.state();
             state.challenge = Some(challenge);
@@ -202,6 +201,24 @@ impl Host {
         if let (Some(slot), Some(shown)) = (slot, shown) {
             slot.lock().await.forget(shown);
         }
+    }
+
+    /// Takes note that `used` gives no access to a repository; says whether there are other credentials to try.
+    pub(super) async fn turn_from(&self, client: &Client, repository: &str, used: Option<&Credentials>) -> bool {
+        let config = client.config();
+        if config.credentials.is_some() && self.mirror_of.is_none() {
+            return false;
+        }
+        let mut known = self.credentials.lock().await;
+        let Some(candidates) = known.get_mut(repository) else { return false };
+        if !candidates.turn_from(used, config, &self.name, repository).await {
+            return false;
+        }
+        // Tokens were got by the old ones.
+        let mut state = self.state();
+        state.slots.clear();
+        state.identity = None;
+        true
     }
 
     fn slot(&self, scopes: &Scopes) -> Arc<AsyncMutex<Slot>> {
@@ -221,15 +238,15 @@ impl Host {
         }
         // Held while a helper runs, so that it is asked once and not by every layer.
         let mut known = self.credentials.lock().await;
-        if let Some((since, credentials)) = known.get(repository)
-            && since.elapsed() < CREDENTIALS_LIVE
-        {
-            return Ok(credentials.clone());
+        if let Some(candidates) = known.get(repository).filter(|candidates| candidates.is_good()) {
+            return Ok(candidates.current().cloned());
         }
-        let found = auth::lookup(&config.environment, &self.name, repository).await?;
-        known.retain(|_, (since, _)| since.elapsed() < CREDENTIALS_LIVE);
-        known.insert(repository.to_owned(), (Instant::now(), found.clone()));
-        Ok(found)
+        let earlier = known.remove(repository);
+        known.retain(|_, candidates| !candidates.is_old());
+        let candidates = Candidates::find(config, &self.name, repository, earlier).await?;
+        let current = candidates.current().cloned();
+        known.insert(repository.to_owned(), candidates);
+        Ok(current)
     }
 
     /// Returns the newest identity token: the one from the files, or what a token server has replaced it with.

@@ -30,6 +30,8 @@ use crate::place::Error;
 const MAX_TARGETS: usize = 2048;
 /// How often one attempt shows credentials anew after 401: once for the challenge, once for a token that had expired.
 const MAX_REFUSALS: u32 = 2;
+/// How often one attempt turns to other credentials.
+const MAX_TURNS: u32 = 16;
 
 /// When a request may be repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,10 +219,21 @@ impl Client {
         foreign |= Origin::of(&start) != origin;
         let mut url = start;
         let mut visited = Vec::new();
-        let mut refusals = 0;
+        let (mut refusals, mut turns) = (0, 0);
         loop {
             let mut headers = call.headers.clone();
-            let shown = if foreign { None } else { host.authorization(self, call.repository, &call.scopes).await? };
+            let mut used = None;
+            let authorization = match foreign {
+                true => Ok(None),
+                false => host.authorization(self, call.repository, &call.scopes, &mut used).await,
+            };
+            if matches!(authorization, Err(Error::Denied { .. })) && turns < MAX_TURNS {
+                turns += 1;
+                if host.turn_from(self, call.repository, used.as_ref()).await {
+                    continue;
+                }
+            }
+            let shown = authorization?;
             if !foreign {
                 headers.extend(host.settings.headers.clone());
             }
@@ -248,6 +261,14 @@ impl Client {
                     {
                         continue;
                     }
+                }
+                turns += 1;
+                if turns <= MAX_TURNS
+                    && host.turn_from(self, call.repository, used.as_ref()).await
+                    && call.payload.is_ready()
+                {
+                    refusals = 0;
+                    continue;
                 }
                 let place = format!("{}/{}", host.name, call.repository);
                 return Err(Error::Denied { place, detail, remedy: self.config().remedy() });
@@ -294,7 +315,7 @@ impl Client {
         }
         // The same password again would be refused again; a token is a new one.
         Ok(challenge != Challenge::Basic
-            || host.authorization(self, call.repository, &call.scopes).await?.as_ref() != shown)
+            || host.authorization(self, call.repository, &call.scopes, &mut None).await?.as_ref() != shown)
     }
 }
 

@@ -13,6 +13,7 @@ use loris_testkit::registry::FaultRegistry;
 
 mod access;
 mod faults;
+mod keychains;
 mod mirrors;
 mod peer;
 mod redirects;

@@ -142,7 +142,13 @@ fn configuration(directory: &Path, options: &DockerRegistryOptions) -> anyhow::R
     Ok(config)
 }
 
-fn make_certificates(directory: &Path) -> anyhow::Result<()> {
+/// Makes an authority (`ca.crt`, `ca.key`) and, signed by it, `server.cert`, for 127.0.0.1 and localhost, and `client.cert`,
+/// with their keys, in a directory. Needs `openssl`.
+///
+/// # Errors
+///
+/// Fails where the program does.
+pub fn make_certificates(directory: &Path) -> anyhow::Result<()> {
     let openssl = |arguments: &[&str]| run(Command::new("openssl").args(arguments).current_dir(directory));
     let curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"];
     let authority = [

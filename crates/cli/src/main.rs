@@ -9,7 +9,6 @@
 
 mod access;
 mod activity;
-mod amounts;
 mod bench;
 mod cache;
 mod convert;

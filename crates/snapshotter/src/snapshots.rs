@@ -15,14 +15,16 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use loris_format::tree::OpaqueStyle;
-use loris_lazy::LazyLayer;
+use loris_lazy::{LazyLayer, OpenOptions};
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
+use loris_oci::registry::Client;
 
 use crate::{
-    ahead::Ahead,
+    ahead::{self, Ahead},
     labels::{self, Asked},
     lowers::{LowerKey, Lowers},
     metadata::{Kind, Labels, Metadata, MetadataError, Snapshot, Usage, Wanted},
@@ -115,6 +117,14 @@ impl Snapshots {
         let snapshots = Self { inner: Arc::new(inner) };
         snapshots.inner.clean()?;
         Ok(snapshots)
+    }
+
+    /// Opens and fetches images otherwise from now on; where nothing is said of that, what is fetched ahead is not touched.
+    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, ahead: Option<ahead::Settings>) {
+        self.inner.images.change(client, open, patience);
+        if let Some(ahead) = ahead {
+            self.inner.ahead.change(ahead);
+        }
     }
 
     /// Makes a snapshot that can be written, or where labels ask for it and it can be done, commits a remote one.

@@ -128,6 +128,11 @@ impl Access {
 
     /// Returns what asks registries.
     pub(crate) fn client(&self) -> Result<Client> {
+        Ok(Client::new(self.config())?)
+    }
+
+    /// Returns how registries are reached.
+    pub(crate) fn config(&self) -> Config {
         let mut config = Config {
             plain_http: self.plain_http,
             tls_verify: self.tls_verify,
@@ -149,7 +154,7 @@ impl Access {
             let (user, password) = text.split_once(':').unwrap_or((text, ""));
             config.credentials = Some(Credentials::Basic { username: user.to_owned(), password: password.to_owned() });
         }
-        Ok(Client::new(config)?)
+        config
     }
 }
 

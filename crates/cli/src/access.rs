@@ -12,7 +12,7 @@ use clap::{ArgAction, Args, value_parser};
 use loris_format::digest::Digest;
 use loris_oci::{
     ImageSink, ImageSource, Platform, Platforms,
-    auth::{Credentials, Keychain},
+    auth::Credentials,
     name::{ImageName, OpenOptions, open_sink, open_source},
     registry::{Client, Config},
 };
@@ -128,13 +128,12 @@ impl Access {
 
     /// Returns what asks registries.
     pub(crate) fn client(&self) -> Result<Client> {
-        self.client_with(Vec::new())
+        Ok(Client::new(self.config())?)
     }
 
-    /// Returns what asks registries, with credentials that are in no file.
-    pub(crate) fn client_with(&self, keychains: Vec<Arc<dyn Keychain>>) -> Result<Client> {
+    /// Returns how registries are reached.
+    pub(crate) fn config(&self) -> Config {
         let mut config = Config {
-            keychains,
             plain_http: self.plain_http,
             tls_verify: self.tls_verify,
             ca_files: self.ca.clone(),
@@ -155,7 +154,7 @@ impl Access {
             let (user, password) = text.split_once(':').unwrap_or((text, ""));
             config.credentials = Some(Credentials::Basic { username: user.to_owned(), password: password.to_owned() });
         }
-        Ok(Client::new(config)?)
+        config
     }
 }
 

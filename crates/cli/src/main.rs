@@ -9,7 +9,6 @@
 
 mod access;
 mod activity;
-mod amounts;
 mod bench;
 mod cache;
 mod convert;
@@ -22,6 +21,7 @@ mod explain;
 mod failure;
 mod fs;
 mod inspect;
+mod logging;
 mod measure;
 mod mount;
 mod opened;
@@ -34,15 +34,10 @@ mod table;
 mod verify;
 mod warm;
 
-use std::{
-    io::{IsTerminal as _, Write as _},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{io::Write as _, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
-use clap::{CommandFactory, Parser, Subcommand, error::ErrorKind};
-use tracing_subscriber::EnvFilter;
+use clap::{CommandFactory, FromArgMatches as _, Parser, Subcommand, error::ErrorKind};
 
 use crate::{access::Access, failure::Outcome, signals::unless_signalled};
 
@@ -69,7 +64,7 @@ pub(crate) struct Global {
     #[arg(long, short, global = true)]
     quiet: bool,
     /// What to log on standard error: error, warn, info, debug, trace, or a filter such as `loris_lazy=debug`
-    #[arg(long, global = true, env = "LORIS_LOG", default_value = "warn", value_name = "FILTER", value_parser = log_filter)]
+    #[arg(long, global = true, env = "LORIS_LOG", default_value = "warn", value_name = "FILTER", value_parser = logging::filter)]
     log: String,
     #[command(flatten)]
     access: Access,
@@ -142,7 +137,8 @@ fn main() -> ExitCode {
     if std::env::args_os().nth(1).is_some_and(|verb| verb == loris_mount::keeper::VERB) {
         return loris_mount::keeper::main(&std::env::args_os().skip(2).collect::<Vec<_>>());
     }
-    let arguments = Arguments::parse();
+    let matches = Arguments::command().get_matches();
+    let arguments = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let global = arguments.global;
     // The embedded runtime forks: it must be alone in its process, without the threads that logging and the network bring.
     if let Verb::OciRuntime(arguments) = &arguments.verb {
@@ -160,7 +156,7 @@ fn main() -> ExitCode {
         let message = format!("`{verb}` has no report; leave --json out\n");
         Arguments::command().error(ErrorKind::ArgumentConflict, message).exit();
     }
-    start_logging(&global.log);
+    logging::start(&global.log);
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -186,7 +182,7 @@ fn main() -> ExitCode {
         Verb::Status(arguments) => arguments.run(&global),
         Verb::Explain(arguments) => arguments.run(&global),
         Verb::Cache(command) => command.run(&global),
-        Verb::Daemon(command) => runtime.block_on(command.run(&global)),
+        Verb::Daemon(command) => runtime.block_on(command.run(&global, &matches)),
         Verb::Doctor(arguments) => arguments.run(&global),
         Verb::Bench(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Demo(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
@@ -216,35 +212,6 @@ impl Verb {
     }
 }
 
-/// Checks what is to be logged. A word alone may name a part of this program, but not of any other: it is a level that
-/// was spelled wrongly.
-fn log_filter(text: &str) -> Result<String, String> {
-    const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-    EnvFilter::try_new(text).map_err(|error| error.to_string())?;
-    let is_known = |word: &str| {
-        word.is_empty() || word.contains(['=', '[']) || word.starts_with("loris") || {
-            let word = word.to_ascii_lowercase();
-            LEVELS.contains(&&*word) || word.parse::<u8>().is_ok()
-        }
-    };
-    match text.split(',').map(str::trim).find(|word| !is_known(word)) {
-        Some(word) => Err(format!("{word:?} is none of {}", LEVELS.join(", "))),
-        None => Ok(text.to_owned()),
-    }
-}
-
-fn start_logging(filter: &str) {
-    // It was checked when the command line was read.
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
-    let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal() && !no_color)
-        .without_time()
-        .init();
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -252,15 +219,5 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Arguments::command().debug_assert();
-    }
-
-    #[test]
-    fn filters_of_logs_are_checked() {
-        for good in ["warn", "DEBUG", "off", "3", "loris_lazy=debug", "info,hyper=trace", "loris_oci"] {
-            assert!(log_filter(good).is_ok(), "{good}");
-        }
-        for bad in ["bogus", "warn,bogus", "verbose", "loris=loud"] {
-            assert!(log_filter(bad).is_err(), "{bad}");
-        }
     }
 }

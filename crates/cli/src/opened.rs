@@ -13,6 +13,7 @@ use std::{
 use anyhow::Context as _;
 use clap::{Args, ValueEnum as _};
 use loris_format::{
+    amounts,
     position::{DataOffset, DataRange},
     tree::{InodeKind, Tree},
 };
@@ -25,7 +26,6 @@ use loris_oci::{Document, ImageSource, document::ImageConfig, platform};
 use crate::{
     Global,
     access::{self, OnePlatform},
-    amounts,
     failure::Refused,
 };
 
@@ -51,15 +51,27 @@ pub(crate) struct StorePlace {
     /// Hash again what is on the disk before it is used for the first time
     #[arg(long)]
     paranoid: bool,
+    /// Most memory for what was fetched and is not on the disk yet, such as `64M`; what needs more alone comes alone
+    #[arg(long, value_name = "SIZE", value_parser = amounts::size, default_value = "128M")]
+    memory: u64,
 }
 
 impl StorePlace {
     pub(crate) fn open(&self) -> anyhow::Result<Store> {
-        let directory = self.cache_dir.clone().unwrap_or_else(default_store);
-        let options =
-            StoreOptions { quota_bytes: self.cache_quota, paranoid: self.paranoid, ..StoreOptions::default() };
-        Store::open_with(&directory, &options).with_context(|| format!("opening the cache {}", directory.display()))
+        let options = StoreOptions {
+            memory_bytes: self.memory,
+            quota_bytes: self.cache_quota,
+            paranoid: self.paranoid,
+            ..StoreOptions::default()
+        };
+        open_store(self.cache_dir.as_deref(), &options)
     }
+}
+
+/// Opens the store in a directory; where none is named, in the usual one.
+pub(crate) fn open_store(directory: Option<&Path>, options: &StoreOptions) -> anyhow::Result<Store> {
+    let directory = directory.map_or_else(default_store, Path::to_owned);
+    Store::open_with(&directory, options).with_context(|| format!("opening the cache {}", directory.display()))
 }
 
 /// What is fetched before anyone asks for it.
@@ -104,7 +116,7 @@ enum Complete {
 }
 
 /// How long after the registry went away a mount goes on trying to complete itself.
-const PATIENCE: Duration = Duration::from_hours(24);
+pub(crate) const PATIENCE: Duration = Duration::from_hours(24);
 
 impl FetchAhead {
     /// Returns the arguments that say the same to another process.

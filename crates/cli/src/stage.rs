@@ -9,6 +9,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
+use loris_format::amounts;
 use loris_serve::{
     link::{Cut, Link, LinkOptions},
     registry::Registry,
@@ -17,7 +18,6 @@ use loris_serve::{
 use serde::Serialize;
 
 use crate::{
-    amounts,
     measure::{Measured, measure},
     table,
 };

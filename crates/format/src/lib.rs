@@ -5,7 +5,7 @@
 //! [frames](index::Frame) of the blob that hold them. Nothing to the right of that model (fetching, mounting) knows
 //! which format a layer came in. It also writes: a stream of tar entries becomes an eStargz blob.
 //!
-//! - [`digest`], [`position`], [`limits`]: the words that all formats share.
+//! - [`digest`], [`position`], [`limits`]: the words that all formats share. [`amounts`]: sizes and times as people type them.
 //! - [`tar`]: every dialect of tar, read and written.
 //! - [`compression`]: none, gzip, zstd; whole streams and single frames.
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
@@ -16,6 +16,7 @@
 //! values; all input is hostile, and every bound stands in [`limits::Limits`].
 #![forbid(unsafe_code)]
 
+pub mod amounts;
 pub mod compression;
 pub mod digest;
 pub mod erofs;

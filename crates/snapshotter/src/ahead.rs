@@ -7,7 +7,7 @@
 //! What this module must not know: snapshots beyond their numbers.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -39,7 +39,7 @@ pub struct Ahead {
 }
 
 struct Inner {
-    settings: Settings,
+    settings: Mutex<Settings>,
     runtime: Handle,
     state: Mutex<State>,
 }
@@ -61,7 +61,21 @@ impl Ahead {
     /// Begins with nothing.
     #[must_use]
     pub fn new(settings: Settings, runtime: Handle) -> Self {
-        Self { inner: Arc::new(Inner { settings, runtime, state: Mutex::default() }) }
+        Self { inner: Arc::new(Inner { settings: Mutex::new(settings), runtime, state: Mutex::default() }) }
+    }
+
+    fn settings(&self) -> Settings {
+        *self.inner.settings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fetches otherwise from now on, what is being fetched too.
+    pub fn change(&self, settings: Settings) {
+        *self.inner.settings.lock().unwrap_or_else(PoisonError::into_inner) = settings;
+        let mut state = self.state();
+        let images: HashSet<String> = state.layers.values().map(|kept| kept.image.clone()).collect();
+        for image in images {
+            self.complete(&mut state, &image);
+        }
     }
 
     /// Keeps the layer of a snapshot open, and begins to fetch it.
@@ -71,7 +85,7 @@ impl Ahead {
         if state.layers.insert(snapshot, kept).is_some() || layer.is_complete() {
             return;
         }
-        if self.inner.settings.prefetch {
+        if self.settings().prefetch {
             let layer = Arc::clone(layer);
             self.inner.runtime.spawn(async move {
                 if let Err(error) = loris_lazy::prefetch(&[layer]).await {
@@ -87,7 +101,7 @@ impl Ahead {
         if let Some(before) = state.groups.remove(image) {
             before.abort();
         }
-        let Some(completion) = self.inner.settings.complete else { return };
+        let Some(completion) = self.settings().complete else { return };
         // By their numbers, which is the order in which the client asked: the lowest first.
         let mut layers: Vec<(u64, Arc<LazyLayer>)> = state
             .layers

@@ -22,7 +22,7 @@ use std::{
     time::Duration,
 };
 
-use loris_lazy::LazyLayer;
+use loris_lazy::{LazyLayer, OpenOptions};
 use loris_mount::{
     MountError,
     engine::Engine,
@@ -30,6 +30,7 @@ use loris_mount::{
     pager::{PagerError, PagerOptions},
     rootfs::Server,
 };
+use loris_oci::registry::Client;
 use tokio::runtime::Handle;
 
 use crate::{
@@ -65,6 +66,8 @@ pub struct Settings {
     /// It, where somebody listens there already: a service manager, or a process that was killed
     /// ([`listener::inherited`]).
     pub listener: Option<OwnedFd>,
+    /// Whether the address is a service manager's, and stays when this process ends.
+    pub keeps_address: bool,
     /// How images are opened.
     pub images: remote::Settings,
     /// What kubelet is served with beside containerd, where it is (`Keychains::image_service`; the client of `images` must
@@ -133,6 +136,7 @@ pub struct Daemon {
     control: Control,
     /// `None` where it rests.
     listener: Option<Listener>,
+    keeps_address: bool,
     _lock: File,
 }
 
@@ -149,18 +153,8 @@ impl Daemon {
     /// # Errors
     /// See [`DaemonError`]. What was mounted stays so.
     pub async fn start(settings: Settings, keeper: Option<OwnedFd>) -> Result<Started, DaemonError> {
-        let Settings {
-            root,
-            address,
-            listener,
-            images,
-            image_service,
-            ahead,
-            mount_options,
-            engine,
-            mut pager,
-            is_managed,
-        } = settings;
+        let Settings { root, address, listener, keeps_address, image_service, .. } = settings;
+        let Settings { images, ahead, mount_options, engine, mut pager, is_managed, .. } = settings;
         let failed = |source| DaemonError::Root { path: root.clone(), source };
         make_root(&root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
@@ -204,7 +198,7 @@ impl Daemon {
         let mounts = MountSettings::of_this_machine(mount_options);
         let images = Arc::new(Images::new(images));
         let snapshots = Snapshots::new(&root, metadata, images, Arc::clone(&lowers), ahead, mounts)?;
-        let daemon = Self { root, snapshots, image_service, control, listener, _lock: lock };
+        let daemon = Self { root, snapshots, image_service, control, listener, keeps_address, _lock: lock };
         daemon.take_over(inherited, &pager, &runtime).await?;
         Ok(Started::Serving(Box::new(daemon)))
     }
@@ -277,6 +271,11 @@ impl Daemon {
         self.listener.is_none()
     }
 
+    /// Opens and fetches images otherwise from now on. What is open stays so.
+    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, ahead: Option<ahead::Settings>) {
+        self.snapshots.change(client, open, patience, ahead);
+    }
+
     /// Its snapshots.
     #[must_use]
     pub fn snapshots(&self) -> &Snapshots {
@@ -346,7 +345,7 @@ impl Daemon {
             tracing::warn!(%error, "a successor will serve all");
         }
         // Its keeper listens on, and nobody would answer.
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = self.listener.as_ref().filter(|_| !self.keeps_address) {
             listener.remove();
         }
     }
@@ -354,7 +353,7 @@ impl Daemon {
     /// Takes all lower directories down. Blocks.
     pub fn take_down(self) {
         self.snapshots.lowers().unmount_all();
-        if let Some(listener) = &self.listener {
+        if let Some(listener) = self.listener.as_ref().filter(|_| !self.keeps_address) {
             listener.remove();
         }
     }

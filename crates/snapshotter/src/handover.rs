@@ -116,7 +116,14 @@ fn enter_as_successor(root: &Path, left: Left) -> io::Result<Entered> {
 
 fn enter_fresh(root: &Path) -> io::Result<Entered> {
     let next = lock_file(root, "next")?;
-    next.try_lock().map_err(|_| io::Error::new(io::ErrorKind::AddrInUse, "another process is just starting here"))?;
+    let end = Instant::now() + PATIENCE;
+    // A successor has it for as long as it takes to see whether anyone is coming.
+    while next.try_lock().is_err() {
+        if Instant::now() > end {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, "another process is just starting here"));
+        }
+        std::thread::sleep(PAUSE);
+    }
     let path = root.join("handover.sock");
     remove_socket(&path)?;
     let listener = UnixListener::bind(&path)?;
@@ -330,6 +337,20 @@ mod tests {
         let mut said = [0; 5];
         (&ours).read_exact(&mut said).unwrap();
         assert_eq!(&said, b"hello");
+    }
+
+    #[test]
+    fn a_successor_that_only_looks_keeps_nobody_from_starting() {
+        let root = tempfile::tempdir().unwrap();
+        let next = lock_file(root.path(), "next").unwrap();
+        next.lock().unwrap();
+        let fresh = {
+            let root = root.path().to_owned();
+            std::thread::spawn(move || enter(&root, None))
+        };
+        std::thread::sleep(PAUSE * 10);
+        drop(next);
+        assert!(matches!(fresh.join().unwrap().unwrap(), Entered::Serves { left: None, .. }));
     }
 
     #[test]

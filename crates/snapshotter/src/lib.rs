@@ -16,15 +16,19 @@
 //! - [`keychain`]: credentials that only a node of a cluster has.
 //! - [`daemon`]: all of it, started, and taken over from a process that was killed.
 //! - [`metrics`], [`report`]: what is counted, and what is known, for those who look.
+//! - [`config`]: what all of that is told, and by whom.
+//! - [`install`]: units and other programs' configuration.
 //! - [`proto`]: containerd's protocols, generated.
 //!
 //! What this crate must not know: the command line, formats of layers, how the kernel is asked.
 #![forbid(unsafe_code)]
 
 pub mod ahead;
+pub mod config;
 pub mod daemon;
 pub mod filter;
 mod handover;
+pub mod install;
 pub mod keychain;
 pub mod labels;
 pub mod listener;
@@ -38,6 +42,7 @@ pub mod remote;
 pub mod report;
 mod service;
 pub mod snapshots;
+pub mod systemd;
 mod usage;
 pub mod watching;
 

@@ -242,7 +242,7 @@ impl Metadata {
     ///
     /// # Errors
     /// Where there is one of this name, or the parent is not there or not committed.
-    pub fn create(&self, wanted: Wanted<'_>) -> Result<Snapshot> {
+    pub fn create(&self, wanted: &Wanted<'_>) -> Result<Snapshot> {
         check_name(wanted.name)?;
         check_labels(&wanted.labels)?;
         self.write(|transaction| {
@@ -280,9 +280,9 @@ impl Metadata {
     /// # Errors
     /// Where there is none of this name or it is not active, or there is one of the new name; where the parent is not there,
     /// not committed, or another one than it was prepared on.
-    pub fn commit(&self, name: &str, key: &str, parent: &str, labels: Labels, usage: Usage) -> Result<Snapshot> {
+    pub fn commit(&self, name: &str, key: &str, parent: &str, labels: &Labels, usage: Usage) -> Result<Snapshot> {
         check_name(name)?;
-        check_labels(&labels)?;
+        check_labels(labels)?;
         self.write(|transaction| {
             let mut snapshots = transaction.snapshots()?;
             if find(&snapshots, name)?.is_some() {

@@ -154,9 +154,9 @@ impl Metrics {
         let (mut complete, mut partial) = (0, 0);
         for (_, layer) in self.ahead.layers() {
             if layer.is_complete() {
-                complete += 1
+                complete += 1;
             } else {
-                partial += 1
+                partial += 1;
             }
             let now = layer.statistics();
             let key = Arc::as_ptr(&layer) as usize;

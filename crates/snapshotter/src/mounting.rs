@@ -134,9 +134,11 @@ mod tests {
     #[test]
     fn options_are_those_of_the_overlayfs_snapshotter() {
         let plain = MountSettings { has_index: true, ..MountSettings::default() };
-        let more = MountSettings { user_xattrs: true, options: vec!["volatile".to_owned()], ..plain.clone() };
+        let options = vec!["volatile".to_owned()];
+        let more = MountSettings { has_index: true, user_xattrs: true, options };
         let mapped = [(labels::UID_MAPPING, "0:1000:65536"), (labels::GID_MAPPING, "0:2000:65536")];
-        let cases: [(Kind, &[(&str, &str)], &[&str], &MountSettings, &str); 7] = [
+        type Case<'a> = (Kind, &'a [(&'a str, &'a str)], &'a [&'a str], &'a MountSettings, &'a str);
+        let cases: [Case<'_>; 7] = [
             (Kind::Active, &[], &[], &plain, "bind /s/7/fs rw,rbind"),
             (Kind::View, &[], &[], &plain, "bind /s/7/fs ro,rbind"),
             (Kind::View, &[], &["/a"], &plain, "bind /a ro,rbind"),

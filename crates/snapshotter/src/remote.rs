@@ -144,7 +144,8 @@ pub struct Settings {
 
 /// Images that clients pull.
 pub struct Images {
-    settings: Settings,
+    store: Store,
+    settings: Mutex<Arc<Settings>>,
     resolved: Mutex<HashMap<ImageKey, Resolved>>,
     open: Mutex<HashMap<String, Weak<LazyLayer>>>,
 }
@@ -171,13 +172,25 @@ impl Images {
     /// Opens nothing yet.
     #[must_use]
     pub fn new(settings: Settings) -> Self {
-        Self { settings, resolved: Mutex::default(), open: Mutex::default() }
+        let store = settings.store.clone();
+        let settings = Mutex::new(Arc::new(settings));
+        Self { store, settings, resolved: Mutex::default(), open: Mutex::default() }
+    }
+
+    fn settings(&self) -> Arc<Settings> {
+        Arc::clone(&lock(&self.settings))
+    }
+
+    /// Opens images otherwise from now on: those that are open stay as they are, and so does the store.
+    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration) {
+        *lock(&self.settings) = Arc::new(Settings { client, store: self.store.clone(), open, patience });
+        lock(&self.resolved).clear();
     }
 
     /// Where content is kept.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.settings.store
+        &self.store
     }
 
     /// Opens a layer that a client asks for, and all others of its image beside it.
@@ -185,7 +198,7 @@ impl Images {
     /// # Errors
     /// Why the client should pull it itself.
     pub async fn layer(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
-        let patience = self.settings.patience;
+        let patience = self.settings().patience;
         match tokio::time::timeout(patience, self.find(asked)).await {
             Ok(found) => found,
             Err(_) => Err(Fallback {
@@ -231,7 +244,7 @@ impl Images {
         let layer = remote.descriptor.digest;
         let not_lazy = |error: loris_oci::Error| LayerError::NotLazy { layer, reason: error.to_string() };
         let reference: Reference = remote.reference.parse().map_err(not_lazy)?;
-        let source: Arc<dyn ImageSource> = Arc::new(self.settings.client.source(&reference));
+        let source: Arc<dyn ImageSource> = Arc::new(self.settings().client.source(&reference));
         let layer = self.opened(source, &remote.descriptor).await?;
         if let Some(diff_id) = remote.diff_id {
             layer.claim_diff_id(&diff_id);
@@ -253,7 +266,7 @@ impl Images {
     #[must_use]
     pub fn directory(&self, remote: &RemoteLayer) -> Option<PathBuf> {
         let toc = remote.descriptor.annotations.get(TOC_DIGEST_ANNOTATION)?.parse().ok()?;
-        Some(self.settings.store.layer_directory(&remote.descriptor.digest, &toc))
+        Some(self.store.layer_directory(&remote.descriptor.digest, &toc))
     }
 
     async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, Fallback> {
@@ -289,9 +302,9 @@ impl Images {
         if let Some(manifest) = manifest {
             reference = reference.with_digest(manifest);
         }
-        let source = Arc::new(self.settings.client.source(&reference));
-        let source: Arc<dyn ImageSource> = Arc::new(Remembering::new(source, &self.settings.store));
-        let limits = self.settings.open.limits.clone();
+        let source = Arc::new(self.settings().client.source(&reference));
+        let source: Arc<dyn ImageSource> = Arc::new(Remembering::new(source, &self.store));
+        let limits = self.settings().open.limits.clone();
         let failed = |error: loris_oci::Error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() };
         let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(failed)?;
         let found = began.elapsed();
@@ -346,7 +359,7 @@ impl Images {
         if let Some(layer) = lock(&self.open).get(&key).and_then(Weak::upgrade) {
             return Ok(layer);
         }
-        let layer = open_layer(source, descriptor, &self.settings.store, &self.settings.open).await?;
+        let layer = open_layer(source, descriptor, &self.store, &self.settings().open).await?;
         let mut open = lock(&self.open);
         open.retain(|_, layer| layer.strong_count() > 0);
         // Somebody may have been faster: one layer has one index in memory.

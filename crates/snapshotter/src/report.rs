@@ -73,7 +73,10 @@ impl Report {
     pub(crate) fn of(snapshots: &[Snapshot], open: impl Fn(u64) -> Option<Arc<LazyLayer>>) -> Self {
         let by_id: BTreeMap<u64, &Snapshot> = snapshots.iter().map(|snapshot| (snapshot.id, snapshot)).collect();
         Self {
-            snapshots: by_id.into_values().map(|snapshot| SnapshotReport::of(snapshot, open(snapshot.id))).collect(),
+            snapshots: by_id
+                .into_values()
+                .map(|snapshot| SnapshotReport::of(snapshot, open(snapshot.id).as_deref()))
+                .collect(),
         }
     }
 
@@ -102,7 +105,7 @@ impl Report {
 }
 
 impl SnapshotReport {
-    fn of(snapshot: &Snapshot, layer: Option<Arc<LazyLayer>>) -> Self {
+    fn of(snapshot: &Snapshot, layer: Option<&LazyLayer>) -> Self {
         let remote = snapshot.remote.as_ref();
         let (image, digest) = labels::image_and_layer(&snapshot.labels);
         Self {
@@ -114,7 +117,7 @@ impl SnapshotReport {
             is_lazy: remote.is_some(),
             fallback: snapshot.fallback.clone(),
             opening_ms: remote.map(|remote| (remote.opening.manifest_ms, remote.opening.layer_ms)),
-            activity: layer.as_deref().map(LayerReport::of),
+            activity: layer.map(LayerReport::of),
         }
     }
 }

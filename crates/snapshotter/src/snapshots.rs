@@ -15,14 +15,16 @@ use std::{
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use loris_format::tree::OpaqueStyle;
-use loris_lazy::LazyLayer;
+use loris_lazy::{LazyLayer, OpenOptions};
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
+use loris_oci::registry::Client;
 
 use crate::{
-    ahead::Ahead,
+    ahead::{self, Ahead},
     labels::{self, Asked},
     lowers::{LowerKey, Lowers},
     metadata::{Kind, Labels, Metadata, MetadataError, Snapshot, Usage, Wanted},
@@ -117,6 +119,14 @@ impl Snapshots {
         Ok(snapshots)
     }
 
+    /// Opens and fetches images otherwise from now on; where nothing is said of that, what is fetched ahead is not touched.
+    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, ahead: Option<ahead::Settings>) {
+        self.inner.images.change(client, open, patience);
+        if let Some(ahead) = ahead {
+            self.inner.ahead.change(ahead);
+        }
+    }
+
     /// Makes a snapshot that can be written, or where labels ask for it and it can be done, commits a remote one.
     ///
     /// # Errors
@@ -186,7 +196,7 @@ impl Snapshots {
                         remote: Some(remote.clone()),
                         fallback: None,
                     };
-                    result = inner.metadata.create(wanted).map_err(SnapshotError::from);
+                    result = inner.metadata.create(&wanted).map_err(SnapshotError::from);
                     if !matches!(result, Err(SnapshotError::Metadata(MetadataError::AlreadyExists(_)))) {
                         break;
                     }
@@ -219,7 +229,7 @@ impl Snapshots {
         let snapshot = self
             .blocking(move |inner| {
                 let wanted = Wanted { name: &key, parent: &parent, kind, labels, remote: None, fallback };
-                let snapshot = inner.metadata.create(wanted)?;
+                let snapshot = inner.metadata.create(&wanted)?;
                 if let Err(error) = inner.make_directories(&snapshot) {
                     let _ = inner.metadata.remove(&key);
                     return Err(error);
@@ -317,7 +327,7 @@ impl Snapshots {
                 labels.entry(labels::FALLBACK.to_owned()).or_insert_with(|| shortened(reason));
             }
             let usage = usage::of(&inner.directory(active.id).join("fs")).map_err(at(&inner.root))?;
-            let committed = inner.metadata.commit(&name, &key, &parent, labels, usage)?;
+            let committed = inner.metadata.commit(&name, &key, &parent, &labels, usage)?;
             // Nobody mounts it itself any more.
             inner.lowers.release(committed.id);
             Ok(())

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
+use loris_format::amounts;
 use loris_lazy::{PruneOptions, Pruned};
 use serde::Serialize;
 
@@ -11,7 +12,7 @@ use super::{
     listing::{JsonLayer, list},
 };
 use crate::{
-    Global, amounts,
+    Global,
     failure::{self, Outcome},
     table::bytes,
 };

@@ -11,6 +11,7 @@ mod cache;
 mod containerd;
 mod content;
 mod crash;
+mod daemon_config;
 mod debian;
 mod engines;
 mod harness;

@@ -31,6 +31,8 @@ pub struct Config {
     pub hosts_live: Duration,
     /// stargz-snapshotter's `config.toml`, for the mirrors in it (`--stargz-config`).
     pub stargz_config: Option<PathBuf>,
+    /// The same, read already: the file and what it says. It counts before the other one.
+    pub stargz_text: Option<(PathBuf, String)>,
     /// User name and password for every registry, instead of those in files (`--creds`). Mirrors are not shown them.
     pub credentials: Option<auth::Credentials>,
     /// What has credentials beside files. Asked in this order, and before the files: what was said of an image goes before
@@ -85,6 +87,7 @@ impl Default for Config {
             hosts_dirs: vec![PathBuf::from("/etc/containerd/certs.d")],
             hosts_live: Duration::from_secs(60),
             stargz_config: None,
+            stargz_text: None,
             credentials: None,
             keychains: Vec::new(),
             environment,

@@ -126,6 +126,11 @@ pub(super) fn endpoints(config: &Config, registry: &str) -> Result<Vec<Endpoint>
             Err(source) => return Err(Error::File { path: directory.display().to_string(), source }),
         }
     }
+    if let Some((path, text)) = &config.stargz_text
+        && let Some(endpoints) = stargz::mirrors(path, text, registry)?
+    {
+        return Ok(endpoints);
+    }
     if let Some(path) = &config.stargz_config
         && let Some(endpoints) = stargz::mirrors(path, &read(path)?, registry)?
     {

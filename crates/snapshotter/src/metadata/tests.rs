@@ -118,10 +118,10 @@ fn states_lead_where_they_lead_in_containerd() {
         let metadata = open(&directory);
         for (number, (step, expected)) in base.iter().chain(steps).enumerate() {
             let result = match step {
-                Prepare(key, parent) => metadata.create(wanted(key, parent, Kind::Active)).map(drop),
-                View(key, parent) => metadata.create(wanted(key, parent, Kind::View)).map(drop),
-                Commit(to, key) => metadata.commit(to, key, "", Labels::new(), Usage::default()).map(drop),
-                CommitOn(to, key, on) => metadata.commit(to, key, on, Labels::new(), Usage::default()).map(drop),
+                Prepare(key, parent) => metadata.create(&wanted(key, parent, Kind::Active)).map(drop),
+                View(key, parent) => metadata.create(&wanted(key, parent, Kind::View)).map(drop),
+                Commit(to, key) => metadata.commit(to, key, "", &Labels::new(), Usage::default()).map(drop),
+                CommitOn(to, key, on) => metadata.commit(to, key, on, &Labels::new(), Usage::default()).map(drop),
                 Remove(key) => metadata.remove(key).map(drop),
             };
             assert_eq!(said(&result), *expected, "{name}, step {number}: {result:?}");
@@ -137,7 +137,7 @@ fn labels_are_changed_by_path() {
         pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect()
     };
     let first = Wanted { labels: labels(&[("a", "1"), ("b", "2")]), ..wanted("s", "", Kind::Active) };
-    metadata.create(first).unwrap();
+    metadata.create(&first).unwrap();
     let paths = |paths: &[&str]| paths.iter().map(|path| (*path).to_owned()).collect::<Vec<_>>();
     for (given, which, expected) in [
         (labels(&[("a", "9"), ("c", "3")]), paths(&["labels.a", "labels.b"]), labels(&[("a", "9")])),
@@ -157,7 +157,7 @@ fn labels_are_changed_by_path() {
     let long = "x".repeat(MOST_LABEL_BYTES);
     assert_eq!(said(&metadata.update("s", &labels(&[("long", &long)]), &[])), Invalid);
     // Those of an active snapshot are not those of the committed one.
-    let committed = metadata.commit("S", "s", "", labels(&[("k", "v")]), Usage { bytes: 5, inodes: 1 }).unwrap();
+    let committed = metadata.commit("S", "s", "", &labels(&[("k", "v")]), Usage { bytes: 5, inodes: 1 }).unwrap();
     assert_eq!((committed.labels, committed.usage.bytes), (labels(&[("k", "v")]), 5));
 }
 
@@ -167,14 +167,14 @@ fn everything_is_there_after_a_restart() {
     let metadata = open(&directory);
     let mut ids = Vec::new();
     for name in ["a", "b", "c"] {
-        ids.push(metadata.create(wanted(name, "", Kind::Active)).unwrap().id);
+        ids.push(metadata.create(&wanted(name, "", Kind::Active)).unwrap().id);
     }
     metadata.remove("c").unwrap();
     let all = metadata.list(|_| true).unwrap();
     drop(metadata);
     let metadata = open(&directory);
     assert_eq!(metadata.list(|_| true).unwrap(), all);
-    let next = metadata.create(wanted("d", "", Kind::View)).unwrap();
+    let next = metadata.create(&wanted("d", "", Kind::View)).unwrap();
     assert!(!ids.contains(&next.id), "a number is used once");
     assert_eq!(metadata.list(|snapshot| snapshot.kind == Kind::View).unwrap(), [next]);
 }
@@ -185,11 +185,11 @@ fn parents_come_the_nearest_first() {
     let metadata = open(&directory);
     let mut parent = String::new();
     for name in ["A", "B", "C"] {
-        metadata.create(wanted("x", &parent, Kind::Active)).unwrap();
-        metadata.commit(name, "x", "", Labels::new(), Usage::default()).unwrap();
+        metadata.create(&wanted("x", &parent, Kind::Active)).unwrap();
+        metadata.commit(name, "x", "", &Labels::new(), Usage::default()).unwrap();
         name.clone_into(&mut parent);
     }
-    metadata.create(wanted("top", "C", Kind::View)).unwrap();
+    metadata.create(&wanted("top", "C", Kind::View)).unwrap();
     let names: Vec<String> = metadata.parents("top").unwrap().into_iter().map(|parent| parent.name).collect();
     assert_eq!(names, ["C", "B", "A"]);
 }

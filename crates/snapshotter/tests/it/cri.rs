@@ -282,6 +282,7 @@ async fn kubelet_is_served_on_the_snapshotters_socket_or_on_its_own() {
             address: address.clone(),
             listener: None,
             images,
+            keeps_address: false,
             image_service: keychains.image_service(),
             ahead: ahead::Settings { prefetch: false, complete: None },
             mount_options: Vec::new(),

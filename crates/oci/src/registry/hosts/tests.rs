@@ -209,6 +209,9 @@ fn a_directory_comes_before_stargz() {
     assert_eq!(endpoints(&config, "r.example").unwrap().len(), 1);
     let missing = Config { hosts_dirs: Vec::new(), stargz_config: Some(root.path().join("no")), ..Config::default() };
     assert!(matches!(endpoints(&missing, "r.example"), Err(Error::File { .. })));
+    let text = "[[resolver.host.\"r.example\".mirrors]]\nhost = \"m.example\"".to_owned();
+    let read = Config { stargz_text: Some((root.path().join("read already"), text)), ..missing };
+    assert_eq!(endpoints(&read, "r.example").unwrap().len(), 2);
 }
 
 proptest::proptest! {

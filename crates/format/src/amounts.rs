@@ -1,9 +1,12 @@
-//! Sizes and times as they are typed: `20G`, `7d`.
+//! Sizes and times as people type them, on command lines and in configuration: `20G`, `7d`.
 
 use std::time::Duration;
 
 /// Reads a number of bytes: `512`, `64K`, `1.5GiB`. Units are powers of 1024.
-pub(crate) fn size(text: &str) -> Result<u64, String> {
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub fn size(text: &str) -> Result<u64, String> {
     let (number, unit) = split(text);
     let unit = unit.trim().to_ascii_lowercase();
     let unit = unit.strip_suffix("ib").or_else(|| unit.strip_suffix('b')).unwrap_or(&unit);
@@ -19,7 +22,10 @@ pub(crate) fn size(text: &str) -> Result<u64, String> {
 }
 
 /// Reads a time: `90s`, `30m`, `12h`, `7d`, `2w`.
-pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+///
+/// # Errors
+/// A sentence that says what is expected.
+pub fn duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = split(text);
     let seconds = match unit.trim() {
         "s" => 1,

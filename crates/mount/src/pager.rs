@@ -12,7 +12,7 @@
 //! complete is not marked (or not any more), and nothing of ours is on the way of its reads.
 //!
 //! **It fails closed.** If the last holder of the group's descriptor goes, the kernel lets readers through, and holes
-//! read as zeros. So a second process, the [keeper](crate::keeper), holds the group, the data files and the
+//! read as zeros. So a second process, the [keeper], holds the group, the data files and the
 //! *journal*, into which the kernel writes events; when this process is killed, readers wait, a successor finds
 //! what was unanswered and goes on. For the same reason a mark is removed only when its file is complete, or when the
 //! kernel has said that every mount which reads it is gone ([`Watch`]).

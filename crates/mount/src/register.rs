@@ -6,7 +6,7 @@
 //! the kernel serves it without us, and it is left alone.
 //!
 //! A mount that somebody uses goes on existing out of sight. Its data files are marked anew, which holds for what the kernel
-//! has open too, and reads are refused from then on, until it is gone; but where a living pager has [claimed] the same layer,
+//! has open too, and reads are refused from then on, until it is gone; but where a living pager has claimed (`pager::claim`) the same layer,
 //! which is asked too. What the kernel had cached of it is dropped. What was read as zeros before that cannot be
 //! taken back, nor what is mapped into a program's memory.
 //!
@@ -17,8 +17,6 @@
 //!
 //! A name is the path of a mount point; or `=` and such a path: that mount is whole; or `@` and the directory of a layer that
 //! is marked. Whoever does not know the latter two takes them for places where nothing is mounted.
-//!
-//! [claimed]: crate::pager::claim
 //!
 //! Beside it, with the ending `note`, may lie what a successor of the process has to know; its form is its writer's.
 

@@ -12,6 +12,7 @@ use clap::{
 };
 use loris_mount::{
     engine::Engine,
+    keeper,
     pager::{OnDeath, PagerOptions},
     register,
     rootfs::Paging,
@@ -38,7 +39,7 @@ impl EngineArgument {
     /// Returns what fills data files, should the engine want that; when this process is killed, its mounts are taken down.
     /// Takes down the mounts of processes that were killed together with their keepers, so that nobody reads from them.
     pub(crate) fn paging(self) -> Paging {
-        let Ok(program) = std::env::current_exe() else { return Paging::None };
+        let Ok(program) = keeper::this_program() else { return Paging::None };
         self.paging_with(OnDeath::Clean(vec![program.into(), SWEEP_VERB.into()]), None, None)
     }
 
@@ -74,7 +75,7 @@ pub(crate) const SWEEP_VERB: &str = "mount-sweep";
 
 /// Starts this program again, as it was started.
 pub(crate) fn restart() -> OnDeath {
-    let program = std::env::current_exe().unwrap_or_else(|_| "/proc/self/exe".into());
+    let program = keeper::this_program().unwrap_or_else(|_| "/proc/self/exe".into());
     let arguments = std::env::args_os().skip(1);
     OnDeath::Restart([program.into()].into_iter().chain(arguments).collect())
 }

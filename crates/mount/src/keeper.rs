@@ -335,8 +335,17 @@ fn program(wanted: Option<&Path>) -> io::Result<PathBuf> {
     match wanted {
         Some(program) => Ok(program.to_owned()),
         // Not /proc/self/exe: after an upgrade, the path leads to the new binary.
-        None => Ok(program_on_disk(std::env::current_exe()?)),
+        None => this_program(),
     }
+}
+
+/// Returns the path of this program, for a process that is to be started later: after an upgrade it leads to the new binary,
+/// as `/proc/self/exe` does not.
+///
+/// # Errors
+/// Where `/proc` is not there.
+pub fn this_program() -> io::Result<PathBuf> {
+    std::env::current_exe().map(program_on_disk)
 }
 
 /// Returns the path of a program that may have been replaced: the kernel marks the name of one that was.

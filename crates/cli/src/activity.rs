@@ -92,7 +92,7 @@ impl LayerActivity {
             prefetch_bytes,
             read_ahead_bytes,
             completion_bytes,
-            bytes_per_second: fetched_bytes - before.map_or(fetched_bytes, |before| before.fetched_bytes),
+            bytes_per_second: fetched_bytes.saturating_sub(before.map_or(fetched_bytes, |before| before.fetched_bytes)),
             requests,
             waits,
             waited_seconds: waited.as_secs_f64(),

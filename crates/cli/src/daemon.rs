@@ -160,10 +160,15 @@ async fn serve(
         systemd::tell(State::Ready);
     }
     let mut serving = Box::pin(daemon.serve());
+    let mut status = 0;
     let end = loop {
         tokio::select! {
             served = &mut serving => {
-                served.context("serving snapshots")?;
+                if let Err(error) = served {
+                    // Not returned: what is mounted must not be dropped.
+                    tracing::error!("serving snapshots: {error:#}");
+                    status = 1;
+                }
                 break End::Leave;
             }
             _ = terminate.recv() => break End::Leave,
@@ -181,7 +186,7 @@ async fn serve(
     }
     daemon.leave();
     // What is mounted stays. Dropped, it would be taken down.
-    std::process::exit(0);
+    std::process::exit(status);
 }
 
 /// What the configuration said, in the root directory: a successor must start where somebody is just writing it.

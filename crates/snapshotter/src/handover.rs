@@ -182,6 +182,13 @@ fn wait_for_keeper(root: &Path, listener: &UnixListener) -> io::Result<Option<Le
             Err(error) => return Err(error),
         }
     }
+    if has_keeper(root) {
+        // Its mounts are in use, and must not be taken for what nobody needs.
+        return Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the keeper of mounts has started no successor so far; try again",
+        ));
+    }
     Ok(None)
 }
 

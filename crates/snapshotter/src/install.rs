@@ -309,6 +309,8 @@ impl Plan {
         let (after, kept) = match (is_untouched, installed.existed, backup) {
             (true, true, Some(backup)) => (Some(backup), Backup::Remove),
             (true, false, _) => (None, Backup::Leave),
+            // A file of ours that stood in another's place.
+            (false, true, Some(backup)) if installed.edits.is_empty() => (Some(backup), Backup::Remove),
             // All of it is ours.
             _ if installed.edits.is_empty() => (None, Backup::Leave),
             _ => {

@@ -26,16 +26,19 @@ pub const UID_MAPPING: &str = "containerd.io/snapshot/uidmapping";
 pub const GID_MAPPING: &str = "containerd.io/snapshot/gidmapping";
 
 /// Reference, layer and neighbours, in both families.
+///
+/// The annotations of a layer are its author's, and come as labels too. A client overwrites those of its own family, and
+/// which one that is can't be told: so the two must not contradict each other.
 const FAMILIES: [[&str; 3]; 2] = [
-    [
-        "containerd.io/snapshot/remote/stargz.reference",
-        "containerd.io/snapshot/remote/stargz.digest",
-        "containerd.io/snapshot/remote/stargz.layers",
-    ],
     [
         "containerd.io/snapshot/cri.image-ref",
         "containerd.io/snapshot/cri.layer-digest",
         "containerd.io/snapshot/cri.image-layers",
+    ],
+    [
+        "containerd.io/snapshot/remote/stargz.reference",
+        "containerd.io/snapshot/remote/stargz.digest",
+        "containerd.io/snapshot/remote/stargz.layers",
     ],
 ];
 const MANIFEST_DIGEST: &str = "containerd.io/snapshot/cri.manifest-digest";
@@ -61,6 +64,15 @@ pub struct Asked {
 /// Why the layer can't be remote: what the client did not say, or what makes no sense.
 pub fn asked(labels: &Labels) -> Option<Result<Asked, String>> {
     let target = labels.get(TARGET)?.clone();
+    for part in 0..2 {
+        let [cri, other] = FAMILIES.map(|family| labels.get(family[part]));
+        if let (Some(cri), Some(other)) = (cri, other)
+            && cri != other
+        {
+            let reason = format!("the layer's labels contradict each other: {cri} and {other}");
+            return Some(Err(reason.chars().take(512).collect()));
+        }
+    }
     for [reference, digest, _] in FAMILIES {
         let (Some(reference), Some(text)) = (labels.get(reference), labels.get(digest)) else { continue };
         let layer = match text.parse() {
@@ -117,7 +129,16 @@ mod tests {
         assert_eq!(asked(&labels(&[("a", "b")])), None);
         let said = asked(&labels(&[(TARGET, "sha256:chain")])).unwrap().unwrap_err();
         assert!(said.contains("disable_snapshot_annotations"), "{said}");
+        // One of the two comes from the author of the image, who would have the node ask another registry.
+        let forged = labels(&[
+            (TARGET, "x"),
+            (FAMILIES[0][0], "host/image:tag"),
+            (FAMILIES[0][1], DIGEST),
+            (FAMILIES[1][0], "other/secret:tag"),
+            (FAMILIES[1][1], DIGEST),
+        ]);
+        assert!(asked(&forged).unwrap().unwrap_err().contains("contradict"));
         let wrong = labels(&[(TARGET, "x"), (FAMILIES[0][0], "image"), (FAMILIES[0][1], "sha256:1")]);
-        assert!(asked(&wrong).unwrap().unwrap_err().contains("stargz.digest"));
+        assert!(asked(&wrong).unwrap().unwrap_err().contains("cri.layer-digest"));
     }
 }

@@ -159,6 +159,10 @@ impl Lowers {
         let mounted = match &mut *slot {
             Some(mounted) => mounted,
             empty => {
+                // What could not be taken over, or not be unmounted. Who uses it keeps it.
+                if mounts::find(&path)?.is_some_and(|mount| mount.is_loris() && mount.mountpoint == path) {
+                    rootfs::unmount_at(&path)?;
+                }
                 let mount = self.assemble(&path, layers, form)?;
                 empty.insert(Mounted { mount: Mount::Own(mount), users: HashSet::new() })
             }

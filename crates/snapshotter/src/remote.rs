@@ -43,6 +43,9 @@ pub struct RemoteLayer {
     /// How long it took to open it.
     #[serde(default)]
     pub opening: OpeningTimes,
+    /// The image that it came from, where nothing vouches for its content: another one's may be other bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unvouched_from: Option<String>,
 }
 
 /// What the client waited for, in milliseconds since it asked for the first layer of the image.
@@ -126,7 +129,7 @@ impl RemoteLayer {
     #[must_use]
     pub fn key(&self) -> String {
         let toc = self.descriptor.annotations.get(TOC_DIGEST_ANNOTATION).map_or("", String::as_str);
-        format!("{} {toc}", self.descriptor.digest)
+        format!("{} {toc} {}", self.descriptor.digest, self.unvouched_from.as_deref().unwrap_or_default())
     }
 }
 
@@ -233,7 +236,8 @@ impl Images {
         let opening =
             OpeningTimes { manifest_ms: milliseconds(image.manifest), layer_ms: milliseconds(image.manifest + took) };
         let (reference, descriptor) = (asked.reference.clone(), descriptor.clone());
-        Ok((RemoteLayer { reference, descriptor, diff_id, opening }, layer))
+        let unvouched_from = (!layer.is_vouched()).then(|| reference.clone());
+        Ok((RemoteLayer { reference, descriptor, diff_id, opening, unvouched_from }, layer))
     }
 
     /// Opens a layer that was opened before, as after a restart: what is in the store is not asked for again.
@@ -245,7 +249,12 @@ impl Images {
         let not_lazy = |error: loris_oci::Error| LayerError::NotLazy { layer, reason: error.to_string() };
         let reference: Reference = remote.reference.parse().map_err(not_lazy)?;
         let source: Arc<dyn ImageSource> = Arc::new(self.settings().client.source(&reference));
-        let layer = self.opened(source, &remote.descriptor).await?;
+        let patience = self.settings().patience;
+        let opened = tokio::time::timeout(patience, self.opened(source, &remote.descriptor)).await;
+        let layer = opened.unwrap_or_else(|_| {
+            let reason = format!("it could not be opened within {} s", patience.as_secs_f32());
+            Err(LayerError::NotLazy { layer, reason })
+        })?;
         if let Some(diff_id) = remote.diff_id {
             layer.claim_diff_id(&diff_id);
         }
@@ -329,6 +338,13 @@ impl Images {
             });
             layers.push((descriptor, opening));
         }
+        let images = Arc::downgrade(&self);
+        tokio::spawn(async move {
+            tokio::time::sleep(RESOLVED).await;
+            if let Some(images) = images.upgrade() {
+                lock(&images.resolved).retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
+            }
+        });
         Ok(Arc::new(Image { manifest: found, layers, diff_ids }))
     }
 
@@ -360,6 +376,10 @@ impl Images {
             return Ok(layer);
         }
         let layer = open_layer(source, descriptor, &self.store, &self.settings().open).await?;
+        if !layer.is_vouched() {
+            // Each source may serve something else.
+            return Ok(layer);
+        }
         let mut open = lock(&self.open);
         open.retain(|_, layer| layer.strong_count() > 0);
         // Somebody may have been faster: one layer has one index in memory.

@@ -18,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use loris_format::tree::OpaqueStyle;
+use loris_format::{estargz::toc::TOC_DIGEST_ANNOTATION, tree::OpaqueStyle};
 use loris_lazy::{LazyLayer, OpenOptions};
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
 use loris_oci::registry::Client;
@@ -168,12 +168,10 @@ impl Snapshots {
     ) -> Result<std::result::Result<(), Fallback>> {
         // The same layer on the same parent may be here, as another namespace has it.
         let (target, below) = (asked.target.clone(), parent.to_owned());
+        let parent = below.clone();
         let known = self.blocking(move |inner| inner.committed_remote(&target, &below)).await?;
         if let Some(known) = known {
-            let opened = self.reopened(&known).await;
-            return Ok(opened
-                .map(drop)
-                .map_err(|error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() }));
+            return Ok(self.is_the_same(&known, asked).await);
         }
         let (remote, layer) = match self.inner.images.layer(asked).await {
             Ok(found) => found,
@@ -181,9 +179,12 @@ impl Snapshots {
         };
         let mut labels = labels.clone();
         labels.insert(labels::REMOTE.to_owned(), labels::REMOTE_VALUE.to_owned());
-        let (target, parent) = (asked.target.clone(), parent.to_owned());
+        let (target, below) = (asked.target.clone(), parent.clone());
         let committed = self
             .blocking(move |inner| {
+                if inner.committed_remote(&target, &parent)?.is_some() {
+                    return Ok(None);
+                }
                 // Under another parent the name may be taken; containerd finds it by its labels.
                 let names = [target.clone(), format!("{target} on {parent}")];
                 let mut result = Err(MetadataError::AlreadyExists(target).into());
@@ -201,19 +202,59 @@ impl Snapshots {
                         break;
                     }
                 }
-                result
+                result.map(Some)
             })
             .await;
         match committed {
-            Ok(snapshot) => {
+            Ok(Some(snapshot)) => {
                 tracing::info!(snapshot = snapshot.name, layer = %layer.digest(), image = asked.reference,
                     remote_snapshot_prepared = true, "a layer is lazy");
-                self.inner.ahead.begin(&asked.reference, snapshot.id, &layer);
+                self.begin(&snapshot, &asked.reference, &layer).await?;
                 Ok(Ok(()))
             }
             // Somebody was faster.
-            Err(SnapshotError::Metadata(MetadataError::AlreadyExists(_))) => Ok(Ok(())),
+            Ok(None) => {
+                let (target, below) = (asked.target.clone(), below);
+                let known = self.blocking(move |inner| inner.committed_remote(&target, &below)).await?;
+                match known {
+                    Some(known) => Ok(self.is_the_same(&known, asked).await),
+                    None => Ok(Err(Fallback::client("its snapshot was removed while it was prepared".to_owned()))),
+                }
+            }
+            Err(SnapshotError::Metadata(MetadataError::AlreadyExists(_))) => {
+                Ok(Err(Fallback::client("another snapshot has its name".to_owned())))
+            }
             Err(error) => Err(error),
+        }
+    }
+
+    /// Says whether a committed snapshot is of the layer that a client means: a chain has its name from what an image's
+    /// configuration claims, and another image may have claimed it first.
+    async fn is_the_same(&self, known: &Snapshot, asked: &Asked) -> std::result::Result<(), Fallback> {
+        let is_the_same = known.remote.as_ref().is_some_and(|remote| {
+            let toc = remote.descriptor.annotations.get(TOC_DIGEST_ANNOTATION);
+            remote.descriptor.digest == asked.layer && asked.toc.as_ref().is_none_or(|asked| Some(asked) == toc)
+        });
+        if !is_the_same {
+            return Err(Fallback::client(format!("another image has another layer under its name, {}", known.name)));
+        }
+        match self.reopened(known).await {
+            Ok(_) => Ok(()),
+            Err(error) => Err(Fallback { kind: FallbackKind::Registry, reason: error.to_string() }),
+        }
+    }
+
+    /// Keeps the layer of a snapshot open and begins to fetch it, unless the snapshot was removed meanwhile.
+    async fn begin(&self, snapshot: &Snapshot, image: &str, layer: &Arc<LazyLayer>) -> Result<()> {
+        self.inner.ahead.begin(image, snapshot.id, layer);
+        let (name, id) = (snapshot.name.clone(), snapshot.id);
+        let stays = self.blocking(move |inner| Ok(inner.has(&name, id))).await;
+        match (stays, &snapshot.remote) {
+            (Ok(false), Some(remote)) => {
+                let (remote, id) = (remote.clone(), snapshot.id);
+                self.blocking(move |inner| inner.forget_layer(id, &remote)).await
+            }
+            (stays, _) => stays.map(drop),
         }
     }
 
@@ -267,7 +308,7 @@ impl Snapshots {
         for part in parts(&parents, self.inner.mounts.opaque_style()) {
             lower.push(match part {
                 Part::Local(parent) => self.inner.directory(parent.id).join("fs"),
-                Part::Remote(chain) => self.lower(snapshot.id, &chain).await?,
+                Part::Remote(chain) => self.lower(snapshot, &chain).await?,
             });
         }
         // The uppermost first.
@@ -277,7 +318,8 @@ impl Snapshots {
     }
 
     /// Returns the directory of remote snapshots, the lowest first, mounted.
-    async fn lower(&self, user: u64, chain: &Chain<'_>) -> Result<PathBuf> {
+    async fn lower(&self, snapshot: &Snapshot, chain: &Chain<'_>) -> Result<PathBuf> {
+        let (user, user_name) = (snapshot.id, &snapshot.name);
         let key = chain.key();
         let lowers = Arc::clone(&self.inner.lowers);
         let (held, wanted) = (Arc::clone(&lowers), key.clone());
@@ -289,9 +331,17 @@ impl Snapshots {
         for opened in futures_util::future::join_all(opened).await {
             layers.push(opened?);
         }
-        let form = chain.form;
-        let path = self.blocking(move |_| Ok(lowers.mount(&key, &layers, form, user)?)).await?;
-        Ok(path)
+        let (form, name) = (chain.form, user_name.to_owned());
+        self.blocking(move |inner| {
+            let path = lowers.mount(&key, &layers, form, user)?;
+            // Whoever removed it meanwhile found nothing to release.
+            if !inner.has(&name, user) {
+                lowers.release(user);
+                return Err(MetadataError::NotFound(name).into());
+            }
+            Ok(path)
+        })
+        .await
     }
 
     /// Returns the layer of a remote snapshot, opened again where it is not open.
@@ -310,7 +360,7 @@ impl Snapshots {
             reference: remote.reference.clone(),
             reason: error.to_string(),
         })?;
-        self.inner.ahead.begin(&remote.reference, snapshot.id, &layer);
+        self.begin(snapshot, &remote.reference, &layer).await?;
         Ok(layer)
     }
 
@@ -465,6 +515,14 @@ impl Snapshots {
 }
 
 impl Inner {
+    /// Whether a snapshot of this name is still the one of this number; also once it is committed under another name.
+    fn has(&self, name: &str, id: u64) -> bool {
+        match self.metadata.get(name) {
+            Ok(found) => found.id == id,
+            Err(_) => self.metadata.list(|snapshot| snapshot.id == id).is_ok_and(|found| !found.is_empty()),
+        }
+    }
+
     fn directory(&self, id: u64) -> PathBuf {
         self.root.join(id.to_string())
     }
@@ -543,19 +601,21 @@ impl Inner {
 
     /// Removes directories that no snapshot has.
     fn clean(&self) -> Result<()> {
+        let entries = std::fs::read_dir(&self.root).map_err(at(&self.root))?;
+        let names =
+            entries.map(|entry| Ok(entry?.file_name())).collect::<io::Result<Vec<_>>>().map_err(at(&self.root))?;
+        // Asked after the directory was read: a snapshot is known before it has one, and its number is never used again.
         let known: std::collections::HashSet<u64> =
             self.metadata.list(|snapshot| snapshot.remote.is_none())?.iter().map(|snapshot| snapshot.id).collect();
-        let entries = std::fs::read_dir(&self.root).map_err(at(&self.root))?;
-        for entry in entries {
-            let entry = entry.map_err(at(&self.root))?;
-            let name = entry.file_name();
+        for name in names {
             let is_orphan = match name.to_str() {
                 Some(name) if name.starts_with(REMOVING) => true,
                 Some(name) => name.parse().is_ok_and(|id: u64| !known.contains(&id)),
                 None => false,
             };
-            if is_orphan && let Err(error) = remove_tree(&entry.path()) {
-                tracing::warn!(%error, path = %entry.path().display(), "what is left of a removed snapshot stays");
+            let path = self.root.join(name);
+            if is_orphan && let Err(error) = remove_tree(&path) {
+                tracing::warn!(%error, path = %path.display(), "what is left of a removed snapshot stays");
             }
         }
         Ok(())

@@ -44,7 +44,9 @@ pub enum State {
 /// Whether a service manager of systemd's kind has started this process, and starts another one when it ends.
 #[must_use]
 pub fn is_manager() -> bool {
-    std::env::var_os("INVOCATION_ID").is_some()
+    // The first alone is inherited by everything below any unit, as a terminal is.
+    let is_set = |name: &str| std::env::var_os(name).is_some();
+    is_set("INVOCATION_ID") && (is_set("NOTIFY_SOCKET") || is_set("LISTEN_FDS"))
 }
 
 /// Tells the service manager, where there is one that wants to know. That it can't be told is no reason to fail.

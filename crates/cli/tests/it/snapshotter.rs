@@ -288,8 +288,16 @@ fn images_run_before_they_are_pulled_and_go_without_a_trace() {
     let explained = ok(&mut scene.explain(&name)).json();
     assert_eq!(explained["is_lazy"], true, "{explained}");
     assert!(explained["layers"][1]["activity"]["demand_bytes"].as_u64().unwrap() > 0, "{explained}");
-    let status = ok(scene.place.loris("status --json").arg(&name)).json();
-    assert_eq!(status["processes"][0]["verb"], "daemon snapshotter", "{status}");
+    // Told once in a second.
+    let end = Instant::now() + LIMIT;
+    loop {
+        let status = ok(scene.place.loris("status --json").arg(&name)).json();
+        if status["processes"][0]["verb"] == "daemon snapshotter" {
+            break;
+        }
+        assert!(Instant::now() < end, "{status}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
     scene.explain("no-such-image").output().map(|ran| assert!(!ran.status.success())).unwrap();
     for (path, said) in [
         ("/metrics", "loris_layers_prepared_total{outcome=\"lazy\"}"),

@@ -311,7 +311,10 @@ fn terminals() {
         let size = rustix::termios::Winsize { ws_row: 33, ws_col: 77, ws_xpixel: 0, ws_ypixel: 0 };
         rustix::termios::tcsetwinsize(&ours, size).unwrap();
         let before = rustix::termios::tcgetattr(&theirs).unwrap();
-        let script = "test -t 0 && test -t 1 && test -t 2 && tty && echo $TERM; stty size; echo type; read line; echo \"<$line>\"; exit 5";
+        // A program may start before its terminal has its size, and is told then.
+        let script = "test -t 0 && test -t 1 && test -t 2 && tty && echo $TERM; i=0; \
+                      while [ \"$(stty size)\" = '0 0' ] && [ $i -lt 2000 ]; do i=$((i + 1)); done; \
+                      stty size; echo type; read line; echo \"<$line>\"; exit 5";
         let case = Case::new(&runtime, script).with(|wishes| {
             wishes.tty = true;
             wishes.interactive = true;

@@ -56,9 +56,12 @@ impl Service {
 }
 
 impl Counting<'_> {
-    /// It went as it should.
-    fn fine<T>(mut self, answer: T) -> Answer<T> {
+    fn went_well(mut self) {
         self.result = "ok";
+    }
+
+    fn fine<T>(self, answer: T) -> Answer<T> {
+        self.went_well();
         Ok(Response::new(answer))
     }
 }
@@ -78,10 +81,11 @@ impl snapshots_server::Snapshots for Service {
         let PrepareSnapshotRequest { key, parent, labels, .. } = request.into_inner();
         match self.snapshots.prepare(&key, &parent, sorted(labels)).await.map_err(|error| status(&error))? {
             Prepared::Mounts(mounts) => counting.fine(PrepareSnapshotResponse { mounts: on_wire(mounts) }),
-            // As good as an answer can be.
-            Prepared::Remote => counting
-                .fine(PrepareSnapshotResponse::default())
-                .and(Err(Status::already_exists(format!("the target snapshot of {key} is there")))),
+            // As good as an answer can be, though it goes over the wire as an error.
+            Prepared::Remote => {
+                counting.went_well();
+                Err(Status::already_exists(format!("the target snapshot of {key} is there")))
+            }
         }
     }
 

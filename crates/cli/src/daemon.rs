@@ -215,6 +215,7 @@ fn settings(
         store: configured.store()?,
         open: configured.open(),
         patience: configured.patience(),
+        foresee: configured.ahead().prefetch,
     };
     Ok(Settings {
         root,

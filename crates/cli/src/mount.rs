@@ -165,7 +165,7 @@ impl MountArguments {
         let runtime = tokio::runtime::Handle::current();
         let root = RootFs::assemble(opened.layers(), &options, &runtime)
             .with_context(|| format!("mounting {} at {}", self.image, self.directory.display()))?;
-        self.ahead.begin(opened.layers());
+        self.ahead.begin(opened.layers(), None);
         activity::tell(&store, "mount", &self.image, Some(&self.directory), opened.layers());
         Ok(Mounted { root: Some(root), server: None, layers: opened.layers().to_vec() })
     }
@@ -192,7 +192,7 @@ impl MountArguments {
         let log = Some(self.log());
         let runtime = tokio::runtime::Handle::current();
         let server = Server::resume(inherited, &layers, &self.engine.pager_options(engine::restart(), log), &runtime)?;
-        self.ahead.begin(&layers);
+        self.ahead.begin(&layers, None);
         activity::tell(&store, "mount", &self.image, Some(&self.directory), &layers);
         let mut pause = FIRST_PAUSE;
         // From here on reads are answered. Given up now, they would be refused for ever.

@@ -18,8 +18,8 @@ use loris_format::{
     tree::{InodeKind, Tree},
 };
 use loris_lazy::{
-    Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions, Trust,
-    documents::Remembering, open_image,
+    Command, Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions,
+    Trust, documents::Remembering, open_image,
 };
 use loris_oci::{Document, ImageSource, document::ImageConfig, platform};
 
@@ -130,9 +130,14 @@ impl FetchAhead {
         arguments
     }
 
-    /// Begins to fetch what the list names, what the writers of the layers marked as worth it, and then the rest. Nobody
-    /// waits for it.
-    pub(crate) fn begin(&self, layers: &[Arc<LazyLayer>]) {
+    /// Begins to fetch what the list names, what the writers of the layers marked as worth it (or where there is neither, what
+    /// `command` seems to need), and then the rest. Nobody waits for it.
+    pub(crate) fn begin(&self, layers: &[Arc<LazyLayer>], command: Option<Command>) {
+        if self.prefetch_list.is_none()
+            && let Some(command) = command
+        {
+            tokio::spawn(loris_lazy::foresee(layers.to_vec(), command));
+        }
         let (layers, wish) = (layers.to_vec(), self.clone());
         tokio::spawn(async move {
             if let Some(list) = &wish.prefetch_list {

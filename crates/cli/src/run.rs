@@ -14,7 +14,7 @@ use loris_container::{
     runtime::{NOT_STARTED, Runner, Runtime, Streams, forwarded_signals},
     spec::{Container, Network, Volume, Wishes},
 };
-use loris_lazy::{FetchPolicy, LazyLayer, Recorder, Store};
+use loris_lazy::{Command, FetchPolicy, LazyLayer, Recorder, Store};
 use loris_mount::rootfs::{self, RootFs, RootFsOptions};
 use loris_oci::document::ProcessConfig;
 
@@ -203,7 +203,7 @@ impl RunArguments {
         let root =
             RootFs::assemble(opened.layers(), &options, &handle).with_context(|| format!("mounting {}", self.image))?;
         let recording = self.record.clone().map(|file| Recording { file, recorder: Recorder::begin(opened.layers()) });
-        self.ahead.begin(opened.layers());
+        self.ahead.begin(opened.layers(), Some(self.command_of(&opened.config().config)));
         activity::tell(store, "run", &self.image, None, opened.layers());
         Ok(Root::Lazy(root, opened, recording))
     }
@@ -223,6 +223,19 @@ impl RunArguments {
             ))
             .into()
         })
+    }
+
+    /// Returns what will be run, for those who fetch it ahead.
+    fn command_of(&self, image: &ProcessConfig) -> Command {
+        let mut process = image.clone();
+        let Wishes { args, entrypoint, .. } = self.wishes();
+        if let Some(entrypoint) = entrypoint {
+            (process.entrypoint, process.cmd) = (entrypoint, Vec::new());
+        }
+        if !args.is_empty() {
+            process.cmd = args;
+        }
+        Command::from(&process)
     }
 
     fn wishes(&self) -> Wishes {

@@ -11,6 +11,7 @@
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
 //! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
 //! - [`erofs`]: a tree as an image that the kernel mounts.
+//! - [`program`]: what an executable or a script names that must be there before it runs.
 //!
 //! What this crate must not know: networks, disks, mounts, clocks, the environment. Parsers take bytes and return
 //! values; all input is hostile, and every bound stands in [`limits::Limits`].
@@ -24,5 +25,6 @@ pub mod estargz;
 pub mod index;
 pub mod limits;
 pub mod position;
+pub mod program;
 pub mod tar;
 pub mod tree;

@@ -5,7 +5,9 @@
 //!
 //! Completion measures itself against an imaginary pull that began when it did and has the link for itself. While it is
 //! less than an eighth behind that, it leaves the link to reads on demand, so that it costs a start nothing; then it goes on
-//! beside them at full speed, so that everything is here not much later than a pull would have it.
+//! beside them at full speed, so that everything is here not much later than a pull would have it. Readers who keep the
+//! link busy themselves are left alone until it is a third behind: what they bring belongs to the layers too, and the
+//! little that they leave of the link would be gained at the cost of their waiting.
 
 use std::{num::NonZeroU64, sync::Arc, time::Duration};
 
@@ -26,6 +28,12 @@ use crate::{
 
 /// How far completion may fall behind an imaginary pull, as a part of all that was missing: 1 / `LAG`.
 const LAG: u64 = 8;
+/// The same beside readers who keep the link busy.
+const BUSY_LAG: u64 = 3;
+/// Who uses so many hundredths of a link keeps it busy.
+const BUSY_PERCENT: u64 = 40;
+/// How long the link is looked at for that, at least: a program computes for a while between its reads.
+const LOOK: Duration = Duration::from_secs(1);
 /// How long it keeps away from readers where nothing is known of the link.
 const UNKNOWN_LAG: Duration = Duration::from_secs(2);
 /// Between attempts at what failed for a reason that passes.
@@ -265,19 +273,45 @@ struct Pace {
     fetched: u64,
     /// What completion has asked for.
     asked: u64,
+    /// When the link was last looked at, and what readers had fetched by then.
+    looked: (Instant, u64),
+    is_link_busy: bool,
 }
 
 impl Pace {
     fn begin(sweep: &Sweep) -> Self {
-        Self { began: Instant::now(), missing: sweep.missing_bytes(), fetched: fetched(sweep), asked: 0 }
+        let began = Instant::now();
+        Self {
+            began,
+            missing: sweep.missing_bytes(),
+            fetched: fetched(sweep),
+            asked: 0,
+            looked: (began, fetched_for_readers(sweep)),
+            is_link_busy: false,
+        }
     }
 
     /// Returns until when the imaginary pull is not so far ahead that reads on demand may not be left alone any more.
-    fn quiet_until(&self, layer: &LazyLayer, sweep: &Sweep) -> Option<Instant> {
+    fn quiet_until(&mut self, layer: &LazyLayer, sweep: &Sweep) -> Option<Instant> {
         let Some(link) = layer.link() else { return Some(self.began + UNKNOWN_LAG) };
-        let allowed = (fetched(sweep) - self.fetched).saturating_add(self.missing / LAG);
+        self.look(link.bytes_per_second, fetched_for_readers(sweep));
+        let lag = if self.is_link_busy { BUSY_LAG } else { LAG };
+        let allowed = (fetched(sweep) - self.fetched).saturating_add(self.missing / lag);
         let seconds = allowed as f64 / link.bytes_per_second.max(1) as f64;
         Some(self.began + Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX).min(Duration::from_hours(24)))
+    }
+
+    /// Finds out once in a while whether readers keep the link busy.
+    fn look(&mut self, bytes_per_second: u64, for_readers: u64) {
+        let (since, before) = self.looked;
+        let elapsed = since.elapsed();
+        if elapsed < LOOK {
+            return;
+        }
+        let carried = u128::from(bytes_per_second) * elapsed.as_millis() / 1000;
+        let used = u128::from(for_readers.saturating_sub(before));
+        self.is_link_busy = used * 100 >= carried * u128::from(BUSY_PERCENT);
+        self.looked = (Instant::now(), for_readers);
     }
 
     fn asked(&mut self, layer: &LazyLayer, window: &[FrameId]) {
@@ -298,4 +332,13 @@ impl Pace {
 
 fn fetched(sweep: &Sweep) -> u64 {
     sweep.parts.iter().map(|(layer, _)| layer.statistics().fetched_bytes).fold(0, u64::saturating_add)
+}
+
+/// What came for those who read: all but what nobody asked for yet.
+fn fetched_for_readers(sweep: &Sweep) -> u64 {
+    let for_readers = |layer: &LazyLayer| {
+        let statistics = layer.statistics();
+        statistics.fetched_bytes.saturating_sub(statistics.completion_bytes)
+    };
+    sweep.parts.iter().map(|(layer, _)| for_readers(layer)).fold(0, u64::saturating_add)
 }

@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::{StreamExt as _, stream};
 use loris_format::{
     digest::{DiffId, Digest},
     estargz::open::Opened,
@@ -27,7 +28,8 @@ use crate::{
     cache::LayerCache,
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed, Wish},
-    plan::{FetchPolicy, fetched_range, go_on, plan, windows},
+    foresight::Watcher,
+    plan::{FetchPolicy, fetched_range, go_on, plan, small_window_bytes, window_bytes, windows, windows_without_gaps},
     proof::Verdict,
     recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
@@ -39,6 +41,10 @@ use crate::{
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
 pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(2);
+/// What is guessed at stands here and there: what lies between is fetched where it is no more than this.
+const PREFETCH_GAP: u64 = 16 << 10;
+/// Requests for that at a time.
+const PREFETCH_REQUESTS: usize = 4;
 /// How often what another image was fetching is fetched by this one where that has failed.
 const FOREIGN_FAILURES: usize = 2;
 
@@ -66,6 +72,8 @@ pub struct LazyLayer {
     pub(crate) sequences: Mutex<Sequences>,
     /// Who takes note of what is read, and the layer's number for it.
     pub(crate) recorder: OnceLock<(usize, Arc<Recorder>)>,
+    /// Who is told of what somebody waits for.
+    pub(crate) watchers: Mutex<Vec<Watcher>>,
     /// The DiffID that the image's configuration has for the layer, where that was read; and another one, where the image
     /// has the layer twice.
     pub(crate) claimed: OnceLock<DiffId>,
@@ -247,6 +255,7 @@ impl LazyLayer {
             return Ok(());
         }
         Counters::add(&self.counters.waits, 1);
+        self.tell(&range);
         let began = Instant::now();
         let mut outcome = self.filled(&frames, &extents).await;
         for _ in 0..FOREIGN_FAILURES {
@@ -317,6 +326,54 @@ impl LazyLayer {
                 }
             });
         }
+    }
+
+    /// Tells those who guess what may be wanted next that somebody waits for the first file of a range.
+    fn tell(&self, range: &DataRange) {
+        let mut watchers = self.watchers.lock().unwrap_or_else(PoisonError::into_inner);
+        if !watchers.is_empty()
+            && let Some(first) = self.index.extents_in(range).next()
+        {
+            let node = self.extent(first).node;
+            watchers.retain(|watcher| watcher.tell(node));
+        }
+    }
+
+    /// Has somebody told from now on of what is waited for.
+    pub(crate) fn watch(&self, watcher: Watcher) {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
+    }
+
+    /// Fills ranges of the data file ahead of anyone who reads them.
+    pub(crate) async fn prefetched(self: &Arc<Self>, ranges: &[DataRange]) -> Result<(), EnsureError> {
+        let extents = ranges.iter().flat_map(|range| self.index.extents_in(range));
+        let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
+        self.cache.refresh(missing).map_err(|error| self.file_error(error))?;
+        let mut frames: Vec<FrameId> =
+            ranges.iter().flat_map(|range| self.missing_frames(self.index.extents_in(range))).collect();
+        frames.sort_unstable();
+        frames.dedup();
+        let bytes =
+            if self.schedule.is_demanded() { small_window_bytes(self.link()) } else { window_bytes(self.link()) };
+        let requests = windows_without_gaps(self.index.frames(), &frames, bytes, PREFETCH_GAP);
+        let bring = |window: Vec<FrameId>| async move {
+            let turn = self.schedule.turn(self.claim(&window, Urgency::Prefetch)).await;
+            self.bring(&window, turn).await
+        };
+        let mut under_way = stream::iter(requests.into_iter().map(bring)).buffer_unordered(PREFETCH_REQUESTS);
+        while let Some(outcome) = under_way.next().await {
+            outcome?;
+        }
+        drop(under_way);
+        // Those that were on their way for others.
+        let flights: Vec<Flight> = {
+            let flights = self.flights();
+            frames.iter().filter_map(|frame| flights.get(frame)).map(|flying| flying.flight.clone()).collect()
+        };
+        for flight in flights {
+            self.landing(flight).await?;
+        }
+        Ok(())
     }
 
     /// Does what [`LazyLayer::ensure`] does, and tries again for as long as `patience` where the error is one that passes

@@ -11,6 +11,7 @@
 //! - [`census`]: what a store holds, and who uses it; pruning, pinning and checking it.
 //! - [`open`]: from a manifest to lazy layers, all side by side.
 //! - [`layer`]: [`LazyLayer`]. [`mod@complete`]: prefetch and completion, ahead of anyone who asks.
+//! - [`foresight`]: what a start will read that nobody has recorded; `neighbours`: what stands near what is waited for.
 //! - [`recorded`]: what a workload reads, for a list to prefetch.
 //! - [`proof`]: what is found out about a layer once it is whole; `rest` keeps what that needs.
 //! - `schedule`: who goes first. [`plan`]: which bytes to ask for; `sequence`: who reads in sequence. The latter two are
@@ -48,6 +49,7 @@ mod disk;
 mod eviction;
 mod fetch;
 mod filled;
+mod neighbours;
 mod quota;
 mod recheck;
 
@@ -56,6 +58,7 @@ pub mod complete;
 pub mod derived;
 pub mod documents;
 pub mod error;
+pub mod foresight;
 pub mod layer;
 pub mod open;
 pub mod plan;
@@ -72,6 +75,7 @@ pub use census::{StoredLayer, Totals};
 pub use complete::{Completion, complete, complete_all, prefetch, prefetch_in_order};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};
 pub use eviction::{PruneOptions, Pruned, Removed};
+pub use foresight::{Command, foresee};
 pub use layer::{LayerStatistics, LazyLayer};
 pub use open::{LazyImage, OpenOptions, OpenedImage, OpenedLayer, Trust, open_image};
 pub use plan::FetchPolicy;

@@ -402,6 +402,7 @@ impl LayerOpening {
             shared,
             sequences: Mutex::default(),
             recorder: OnceLock::new(),
+            watchers: Mutex::default(),
             claimed: OnceLock::new(),
             also_claimed: OnceLock::new(),
             proofs: Mutex::default(),

@@ -50,7 +50,7 @@ impl FetchPolicy {
 }
 
 /// Returns the bytes that a link carries in a round trip.
-fn trip_bytes(link: Link) -> u64 {
+pub(crate) fn trip_bytes(link: Link) -> u64 {
     let bytes = u128::from(link.bytes_per_second) * link.round_trip.as_nanos() / 1_000_000_000;
     u64::try_from(bytes).unwrap_or(u64::MAX)
 }
@@ -93,6 +93,14 @@ pub fn windows(frames: &[Frame], wanted: &[FrameId], bytes: u64) -> Vec<Vec<Fram
         rest = behind;
     }
     windows
+}
+
+/// Does the same, and cuts wherever more than `gap` bytes lie between two frames too.
+#[must_use]
+pub fn windows_without_gaps(frames: &[Frame], wanted: &[FrameId], bytes: u64, gap: u64) -> Vec<Vec<FrameId>> {
+    let range = |id: FrameId| fetched_range(&frames[id.0 as usize]);
+    let is_near = |before: &FrameId, next: &FrameId| range(*next).start.0 <= range(*before).end().0.saturating_add(gap);
+    wanted.chunk_by(is_near).flat_map(|cluster| windows(frames, cluster, bytes)).collect()
 }
 
 impl Default for FetchPolicy {

@@ -20,7 +20,12 @@ use loris_format::{
     estargz::toc::TOC_DIGEST_ANNOTATION,
 };
 use loris_lazy::{LayerError, LazyLayer, OpenOptions, Store, documents::Remembering, open::open_layer};
-use loris_oci::{Descriptor, ImageSource, Reference, document::Manifest, platform::resolve_manifest, registry::Client};
+use loris_oci::{
+    Descriptor, ImageSource, Reference,
+    document::{ImageConfig, Manifest},
+    platform::resolve_manifest,
+    registry::Client,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::labels::Asked;
@@ -143,6 +148,8 @@ pub struct Settings {
     pub open: OpenOptions,
     /// How long a client waits for a layer before it pulls it itself.
     pub patience: Duration,
+    /// Whether what an image's command seems to need is fetched first, where nobody marked it.
+    pub foresee: bool,
 }
 
 /// Images that clients pull.
@@ -168,7 +175,14 @@ struct Image {
     /// How long it took to find the manifest.
     manifest: Duration,
     layers: Vec<(Descriptor, LayerOpening)>,
-    diff_ids: Shared<BoxFuture<'static, Vec<DiffId>>>,
+    config: Shared<BoxFuture<'static, Option<Arc<ImageConfig>>>>,
+}
+
+impl Image {
+    /// Returns the DiffID that the configuration, where it can be had, names for a layer.
+    async fn diff_id(&self, layer: usize) -> Option<DiffId> {
+        self.config.clone().await?.diff_ids.get(layer).copied()
+    }
 }
 
 impl Images {
@@ -185,8 +199,11 @@ impl Images {
     }
 
     /// Opens images otherwise from now on: those that are open stay as they are, and so does the store.
-    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration) {
-        *lock(&self.settings) = Arc::new(Settings { client, store: self.store.clone(), open, patience });
+    pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, foresee: Option<bool>) {
+        let mut settings = lock(&self.settings);
+        let foresee = foresee.unwrap_or(settings.foresee);
+        *settings = Arc::new(Settings { client, store: self.store.clone(), open, patience, foresee });
+        drop(settings);
         lock(&self.resolved).clear();
     }
 
@@ -231,7 +248,7 @@ impl Images {
         }
         let (layer, took) = opening.clone().await?;
         // It was asked for beside the layers.
-        let diff_id = image.diff_ids.clone().await.get(number).copied();
+        let diff_id = image.diff_id(number).await;
         let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
         let opening =
             OpeningTimes { manifest_ms: milliseconds(image.manifest), layer_ms: milliseconds(image.manifest + took) };
@@ -317,12 +334,12 @@ impl Images {
         let failed = |error: loris_oci::Error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() };
         let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(failed)?;
         let found = began.elapsed();
-        let diff_ids = Self::diff_ids(Arc::clone(&source), manifest.clone(), limits).boxed().shared();
-        tokio::spawn(diff_ids.clone());
+        let config = Self::config(Arc::clone(&source), manifest.clone(), limits).boxed().shared();
+        tokio::spawn(config.clone());
         let mut layers = Vec::new();
         for (number, descriptor) in manifest.layers.iter().enumerate() {
             let (images, source, descriptor) = (Arc::clone(&self), Arc::clone(&source), descriptor.clone());
-            let (known, opened) = (descriptor.clone(), diff_ids.clone());
+            let (known, configured) = (descriptor.clone(), config.clone());
             let opening = async move {
                 let began = Instant::now();
                 images.opened(source, &known).await.map(|layer| (layer, began.elapsed()))
@@ -330,13 +347,16 @@ impl Images {
             let opening = opening.boxed().shared();
             let claimed = opening.clone();
             tokio::spawn(async move {
-                if let (Ok((layer, _)), diff_ids) = tokio::join!(claimed, opened)
-                    && let Some(diff_id) = diff_ids.get(number)
+                if let (Ok((layer, _)), Some(config)) = tokio::join!(claimed, configured)
+                    && let Some(diff_id) = config.diff_ids.get(number)
                 {
                     layer.claim_diff_id(diff_id);
                 }
             });
             layers.push((descriptor, opening));
+        }
+        if self.settings().foresee {
+            tokio::spawn(foresee(layers.iter().map(|(_, opening)| opening.clone()).collect(), config.clone()));
         }
         let images = Arc::downgrade(&self);
         tokio::spawn(async move {
@@ -345,21 +365,21 @@ impl Images {
                 lock(&images.resolved).retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
             }
         });
-        Ok(Arc::new(Image { manifest: found, layers, diff_ids }))
+        Ok(Arc::new(Image { manifest: found, layers, config }))
     }
 
-    async fn diff_ids(
+    async fn config(
         source: Arc<dyn ImageSource>,
         manifest: Manifest,
         limits: loris_format::limits::Limits,
-    ) -> Vec<DiffId> {
+    ) -> Option<Arc<ImageConfig>> {
         let config = async { source.document(&manifest.config).await?.image_config(&limits) };
         match config.await {
-            Ok(config) if config.diff_ids.len() == manifest.layers.len() => config.diff_ids,
-            Ok(_) => Vec::new(),
+            Ok(config) if config.diff_ids.len() == manifest.layers.len() => Some(Arc::new(config)),
+            Ok(_) => None,
             Err(error) => {
                 tracing::debug!(%error, "layers are not proven against the configuration, which can't be had");
-                Vec::new()
+                None
             }
         }
     }
@@ -388,6 +408,15 @@ impl Images {
         }
         open.insert(key, Arc::downgrade(&layer));
         Ok(layer)
+    }
+}
+
+/// Fetches what the image's command seems to need, where all its layers are lazy.
+async fn foresee(layers: Vec<LayerOpening>, config: Shared<BoxFuture<'static, Option<Arc<ImageConfig>>>>) {
+    let (layers, config) = tokio::join!(futures_util::future::join_all(layers), config);
+    let layers: Result<Vec<_>, _> = layers.into_iter().map(|opened| opened.map(|(layer, _)| layer)).collect();
+    if let (Ok(layers), Some(config)) = (layers, config) {
+        loris_lazy::foresee(layers, (&config.config).into()).await;
     }
 }
 

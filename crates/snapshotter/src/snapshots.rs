@@ -121,7 +121,7 @@ impl Snapshots {
 
     /// Opens and fetches images otherwise from now on; where nothing is said of that, what is fetched ahead is not touched.
     pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, ahead: Option<ahead::Settings>) {
-        self.inner.images.change(client, open, patience);
+        self.inner.images.change(client, open, patience, ahead.as_ref().map(|ahead| ahead.prefetch));
         if let Some(ahead) = ahead {
             self.inner.ahead.change(ahead);
         }

@@ -6,6 +6,7 @@ mod blob;
 mod content;
 mod documents;
 mod faults;
+mod foresight;
 mod keeping;
 mod open;
 mod proof;

@@ -268,6 +268,7 @@ async fn kubelet_is_served_on_the_snapshotters_socket_or_on_its_own() {
             store: Store::open(&place.path().join("store")).unwrap(),
             open: OpenOptions::default(),
             patience: Duration::from_secs(10),
+            foresee: true,
         };
         let pager = PagerOptions {
             patience: Duration::from_secs(10),

@@ -146,8 +146,9 @@ pub fn table(entries: usize) -> (Vec<u8>, u64) {
 mod tests {
     use loris_format::{
         compression::{GzipLevel, gzip_member},
-        estargz::open::{Trust, index},
+        estargz::open::index,
         limits::Limits,
+        opening::Trust,
         position::BlobOffset,
     };
 

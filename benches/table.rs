@@ -1,11 +1,7 @@
 //! A table of contents read, and made into a layer index: what stands between a download and the first file.
 
 use divan::{Bencher, black_box, counter::ItemsCount};
-use loris_format::{
-    estargz::open::{Trust, index},
-    limits::Limits,
-    position::BlobOffset,
-};
+use loris_format::{estargz::open::index, limits::Limits, opening::Trust, position::BlobOffset};
 
 const ENTRIES: usize = 100_000;
 

@@ -5,11 +5,12 @@
 use libfuzzer_sys::fuzz_target;
 use loris_format::{
     estargz::{
-        open::{self, Trust},
+        open,
         toc::{self, TocError, TocWriter},
     },
     index::NodeKind,
     limits::Limits,
+    opening::Trust,
     position::BlobOffset,
     tree::{InodeId, LayerNumber, OpaqueStyle, Tree},
 };

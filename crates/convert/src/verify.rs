@@ -19,10 +19,10 @@ use loris_format::{
     digest::{DiffId, Digest},
     estargz::{
         footer,
-        open::{OpenError, Opening, Step, Trust},
         toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
     },
     limits::Limits,
+    opening::{OpenError, Opened, Opening, Promise, Step, Trust},
     position::BlobRange,
     tar,
 };
@@ -305,27 +305,22 @@ async fn table_of_contents(
     options: &VerifyOptions,
     findings: &mut Findings,
 ) -> Result<Option<layer::TableOfContents>, Error> {
-    let claim = descriptor.annotations.get(TOC_DIGEST_ANNOTATION);
-    let digest = match claim.map(|claim| claim.parse::<Digest>()) {
-        Some(Ok(digest)) => Some(digest),
-        Some(Err(error)) => {
-            findings.error(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"));
-            None
-        }
-        None => None,
-    };
+    let promise = Promise::read(&descriptor.annotations).unwrap_or_else(|error| {
+        findings.error(error.to_string());
+        Promise::default()
+    });
     let tail_bytes = (footer::DETECT_BYTES as u64).min(descriptor.size);
     let tail = source.blob_range(descriptor, descriptor.size - tail_bytes..descriptor.size).await?;
     let kind = footer::detect(&tail, descriptor.size);
-    if claim.is_none() && kind != Some(footer::Kind::Estargz) {
+    if promise.is_empty() && kind != Some(footer::Kind::Estargz) {
         return Ok(None);
     }
-    if claim.is_none() {
+    if promise.is_empty() {
         findings.warning(format!(
             "it is eStargz, but the annotation {TOC_DIGEST_ANNOTATION} is missing: no lazy reader will trust it"
         ));
     }
-    let opened = match open(source, descriptor, digest, &options.limits).await? {
+    let opened = match open(source, descriptor, promise, &options.limits).await? {
         Ok(opened) => opened,
         Err(error) => {
             findings.error(error.to_string());
@@ -347,10 +342,10 @@ async fn table_of_contents(
 async fn open(
     source: &dyn ImageSource,
     descriptor: &Descriptor,
-    toc_digest: Option<Digest>,
+    promise: Promise,
     limits: &Limits,
-) -> Result<Result<loris_format::estargz::open::Opened, OpenError>, Error> {
-    let (mut opening, mut range) = match Opening::new(descriptor.size, toc_digest, Trust::Optional, limits) {
+) -> Result<Result<Opened, OpenError>, Error> {
+    let (mut opening, mut range) = match Opening::new(descriptor.size, promise, Trust::Optional, limits) {
         Ok(opening) => opening,
         Err(error) => return Ok(Err(error)),
     };

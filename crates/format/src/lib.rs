@@ -9,6 +9,7 @@
 //! - [`tar`]: every dialect of tar, read and written.
 //! - [`compression`]: none, gzip, zstd; whole streams and single frames.
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
+//! - [`opening`]: which lazy format a layer has, and the way to its index.
 //! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
 //! - [`erofs`]: a tree as an image that the kernel mounts.
 //!
@@ -23,6 +24,7 @@ pub mod erofs;
 pub mod estargz;
 pub mod index;
 pub mod limits;
+pub mod opening;
 pub mod position;
 pub mod tar;
 pub mod tree;

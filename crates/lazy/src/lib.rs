@@ -48,6 +48,7 @@ mod disk;
 mod eviction;
 mod fetch;
 mod filled;
+mod kept;
 mod quota;
 mod recheck;
 

@@ -4,11 +4,9 @@ use std::{
 };
 
 use loris_format::{
-    estargz::{
-        footer::{self, Footer},
-        open::{Opening, Step, Trust},
-    },
+    estargz::footer::{self, Footer},
     index::{LayerIndex, NodeKind},
+    opening::{Opening, Promise, Step, Trust},
     position::BlobRange,
     tar::{Entry, EntryKind},
 };
@@ -62,7 +60,7 @@ fn open(blob: &[u8], layer: &ConvertedLayer) -> LayerIndex {
     let read = |range: BlobRange| &blob[range.start.0 as usize..range.end().0 as usize];
     let size = blob.len() as u64;
     let (mut opening, mut range) =
-        Opening::new(size, Some(layer.toc_digest), Trust::Required, &Limits::default()).unwrap();
+        Opening::new(size, Promise::estargz(Some(layer.toc_digest)), Trust::Required, &Limits::default()).unwrap();
     loop {
         match opening.supply(read(range)).unwrap() {
             Step::Read(next, next_range) => (opening, range) = (next, next_range),

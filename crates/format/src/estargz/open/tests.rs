@@ -4,8 +4,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    estargz::toc::TocWriter,
+    digest::Digest,
+    estargz::{
+        footer::{self, FooterError, Kind},
+        toc::{TocError, TocWriter},
+    },
     index::{Codec, FrameId, Timestamp},
+    opening::{GUESS_LEAST, GUESS_MOST, Opened, Opening, Promise, Step},
+    position::BlobRange,
     tar,
 };
 
@@ -47,7 +53,7 @@ fn open_counted(
     trust: Trust,
     limits: &Limits,
 ) -> Result<(LayerIndex, Opened, usize), OpenError> {
-    let (mut opening, mut range) = Opening::new(blob.len() as u64, toc_digest, trust, limits)?;
+    let (mut opening, mut range) = Opening::new(blob.len() as u64, Promise::estargz(toc_digest), trust, limits)?;
     for reads in 1.. {
         let bytes = &blob[at(range.start.0)..at(range.end().0)];
         match opening.supply(bytes)? {
@@ -286,13 +292,13 @@ fn at_most_two_reads_are_needed() {
         let small = blob(&vec![0; payload], &json);
         assert_eq!(open_counted(&small, digest, Trust::Required, &Limits::default()).unwrap().2, 1);
     }
-    let (_, range) = Opening::new(1 << 40, digest, Trust::Required, &Limits::default()).unwrap();
+    let (_, range) = Opening::new(1 << 40, Promise::estargz(digest), Trust::Required, &Limits::default()).unwrap();
     assert_eq!(range, BlobRange { start: BlobOffset((1 << 40) - GUESS_MOST), length: GUESS_MOST });
 }
 
 #[test]
 fn an_unvouched_layer_is_not_even_read() {
-    let new = |size, digest, trust| Opening::new(size, digest, trust, &Limits::default()).map(|_| ());
+    let new = |size, digest, trust| Opening::new(size, Promise::estargz(digest), trust, &Limits::default()).map(|_| ());
     assert!(matches!(new(1000, None, Trust::Required), Err(OpenError::NotVouched)));
     assert!(matches!(new(0, None, Trust::Optional), Err(OpenError::Footer(FooterError::NoFooter))));
     let wrong = Some(Digest::sha256_of(b""));
@@ -315,7 +321,7 @@ fn other_blobs_are_told_apart() {
         "layer is eStargz with external table of contents, which can't be read lazily here: its table of contents is in \
          another image"
     );
-    let (opening, range) = Opening::new(1000, None, Trust::Optional, &Limits::default()).unwrap();
+    let (opening, range) = Opening::new(1000, Promise::default(), Trust::Optional, &Limits::default()).unwrap();
     let error = opening.supply(&[0; 999]).unwrap_err();
     assert!(matches!(error, OpenError::WrongLength { expected: 1000, found: 999, .. }));
     assert_eq!(range.length, 1000);

@@ -1,28 +1,23 @@
 //! Whether an image is what it says.
 //!
 //! Every layer is read once, from its first byte to its last, and in that one pass compared with everything that is said
-//! about it: digest and size of the blob, the DiffID in the configuration, and for eStargz the annotations, the table of
+//! about it: digest and size of the blob, the DiffID in the configuration, and for lazy formats the annotations, the table of
 //! contents against the tar (entry by entry: names, types, attributes, sizes, links), each chunk's digest and place, each
 //! file's digest, the footer. What a lazy reader would show is then what unpacking gives.
 //!
 //! Memory: the table of contents of the layers that are being read, and what decompression needs.
 
-use std::{
-    collections::HashSet,
-    fmt,
-    io::{self, Read as _},
-    sync::Arc,
-};
+use std::{collections::HashSet, fmt, io, sync::Arc};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use loris_format::{
     digest::{DiffId, Digest},
     estargz::{
-        footer,
+        footer::{self, Footer, FooterError},
         toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
     },
     limits::Limits,
-    opening::{OpenError, Opened, Opening, Promise, Step, Trust},
+    opening::{Family, OpenError, Opened, Opening, Promise, Step, Trust, ZstdChunked},
     position::BlobRange,
     tar,
 };
@@ -297,8 +292,7 @@ async fn read_layer(
     outcome.map_err(|source| Error::Layer { digest: descriptor.digest, source })
 }
 
-/// Reads an eStargz layer's table of contents by its footer, as a lazy reader does. `None` where there is none to be
-/// compared.
+/// Reads a layer's table of contents as a lazy reader does. `None` where there is none to be compared.
 async fn table_of_contents(
     source: &dyn ImageSource,
     descriptor: &Descriptor,
@@ -312,14 +306,16 @@ async fn table_of_contents(
     let tail_bytes = (footer::DETECT_BYTES as u64).min(descriptor.size);
     let tail = source.blob_range(descriptor, descriptor.size - tail_bytes..descriptor.size).await?;
     let kind = footer::detect(&tail, descriptor.size);
-    if promise.is_empty() && kind != Some(footer::Kind::Estargz) {
-        return Ok(None);
-    }
     if promise.is_empty() {
+        let Some(kind) = kind.filter(|kind| *kind == footer::Kind::Estargz || kind.is_zstd()) else { return Ok(None) };
         findings.warning(format!(
-            "it is eStargz, but the annotation {TOC_DIGEST_ANNOTATION} is missing: no lazy reader will trust it"
+            "it is {}, but no annotation vouches for its table of contents ({TOC_DIGEST_ANNOTATION} or \
+             {}): no lazy reader will trust it",
+            kind.name(),
+            Family::Containers.checksum_annotation()
         ));
     }
+    let promised = promise.zstd_chunked.clone();
     let opened = match open(source, descriptor, promise, &options.limits).await? {
         Ok(opened) => opened,
         Err(error) => {
@@ -327,15 +323,46 @@ async fn table_of_contents(
             return Ok(None);
         }
     };
-    let member = source.blob_range(descriptor, opened.toc_range.start.0..opened.toc_range.end().0).await?;
-    match json(&member, &options.limits) {
-        Ok(json) => {
-            Ok(Some(layer::TableOfContents { json, offset: opened.toc_range.start.0, digest: opened.toc_digest }))
-        }
+    if let Some(promised) = promised {
+        compare_places(&promised, &tail, descriptor.size, findings);
+    }
+    let bytes = source.blob_range(descriptor, opened.toc_range.start.0..opened.toc_range.end().0).await?;
+    match opened.decode_toc(&bytes, &options.limits) {
+        Ok(json) => Ok(Some(layer::TableOfContents {
+            json,
+            kind: opened.kind,
+            offset: opened.toc_range.start.0,
+            digest: opened.toc_digest,
+        })),
         Err(error) => {
             findings.error(format!("table of contents cannot be read: {error}"));
             Ok(None)
         }
+    }
+}
+
+/// Compares where annotations and footer of a zstd:chunked layer say that its parts are: some readers go by these, some by
+/// those.
+fn compare_places(promised: &ZstdChunked, tail: &[u8], blob_size: u64, findings: &mut Findings) {
+    let (toc, tar_split) = match footer::read(tail, blob_size) {
+        Ok(Footer::Zstd { toc, tar_split, .. }) => (toc, tar_split),
+        Ok(_) | Err(FooterError::NoFooter) => {
+            findings.warning("it has no footer: readers that go by that find no table of contents");
+            return;
+        }
+        Err(error) => {
+            findings.error(error.to_string());
+            return;
+        }
+    };
+    let (position, split) = (promised.family.position_annotation(), promised.family.tar_split_annotation());
+    if promised.position.is_some_and(|position| position != toc) {
+        findings.error(format!("annotation {position} and the footer name two places for the table of contents"));
+    }
+    if let (Some(promised), Some(found)) = (promised.tar_split, tar_split)
+        && promised != found
+    {
+        findings.error(format!("annotation {split} and the footer name two places for the tar-split"));
     }
 }
 
@@ -358,14 +385,4 @@ async fn open(
             Err(error) => return Ok(Err(error)),
         }
     }
-}
-
-/// Returns the text of a table of contents out of its gzip member.
-fn json(member: &[u8], limits: &Limits) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-    let mut archive = tar::Reader::new(flate2::bufread::GzDecoder::new(member), limits);
-    let mut json = Vec::new();
-    if archive.next_entry()?.is_some() {
-        archive.content().take(limits.toc_bytes).read_to_end(&mut json)?;
-    }
-    Ok(json)
 }

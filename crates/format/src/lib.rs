@@ -9,6 +9,7 @@
 //! - [`tar`]: every dialect of tar, read and written.
 //! - [`compression`]: none, gzip, zstd; whole streams and single frames.
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
+//! - [`zstd_chunked`]: the same with zstd, in the dialects of containers/storage and of stargz-snapshotter.
 //! - [`opening`]: which lazy format a layer has, and the way to its index.
 //! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
 //! - [`erofs`]: a tree as an image that the kernel mounts.
@@ -28,3 +29,4 @@ pub mod opening;
 pub mod position;
 pub mod tar;
 pub mod tree;
+pub mod zstd_chunked;

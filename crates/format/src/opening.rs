@@ -28,17 +28,18 @@ use crate::{
     digest::{Digest, Hasher},
     estargz::{
         self,
-        footer::{self, Footer, FooterError, Kind},
+        footer::{self, Footer, FooterError, Kind, SKIPPABLE_HEAD_BYTES},
         toc::{self, TocError},
     },
-    index::{LayerIndex, builder::IndexError},
+    index::{Codec, LayerIndex, builder::IndexError},
     limits::Limits,
-    position::{BlobOffset, BlobRange},
+    position::{BlobOffset, BlobRange, Packed},
+    zstd_chunked,
 };
 
 mod promise;
 
-pub use promise::{Promise, PromiseError};
+pub use promise::{Family, Promise, PromiseError, ZstdChunked};
 
 /// The first read takes this part of the blob. A table of contents is 1 to 2 % of a layer of Debian packages.
 const GUESS_SHARE: u64 = 64;
@@ -71,6 +72,8 @@ pub struct Opened {
     pub vouched: bool,
     /// Where the table of contents stands, compressed.
     pub toc_range: BlobRange,
+    /// Where the frames end that are the tar. In eStargz, the tar's own end comes behind them, with the table of contents.
+    pub payload_end: BlobOffset,
     /// The size of its JSON, in uncompressed bytes.
     pub toc_bytes: u64,
     /// How many entries it has, chunks included.
@@ -106,6 +109,18 @@ pub enum OpenError {
         kind: Kind,
         /// What is in the way.
         reason: &'static str,
+    },
+    /// A place that is promised and not in the blob.
+    #[error(
+        "its annotations say that the table of contents is {length} bytes at {offset}, but the layer has {blob_size}"
+    )]
+    Outside {
+        /// Where it should start.
+        offset: BlobOffset,
+        /// Its size.
+        length: u64,
+        /// Bytes of the blob.
+        blob_size: u64,
     },
     /// A table of contents beyond [`Limits::toc_bytes`].
     #[error("table of contents has {bytes} bytes, which is beyond the limit of {limit}")]
@@ -162,15 +177,25 @@ pub struct Opening {
     known: Option<Known>,
 }
 
-/// A table of contents in a blob, as its end tells of it.
+/// A table of contents in a blob.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Table {
+struct Table {
     /// What the blob is.
-    pub(crate) kind: Kind,
+    kind: Kind,
     /// Where the table stands, compressed.
-    pub(crate) range: BlobRange,
+    range: BlobRange,
     /// Where the frames with content end.
-    pub(crate) payload_end: BlobOffset,
+    payload_end: BlobOffset,
+    form: Form,
+}
+
+/// How a table of contents is compressed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Form {
+    /// A gzip member that holds the end of the tar.
+    Member,
+    /// A zstd frame, of so many bytes when it is decoded.
+    Zstd(u64),
 }
 
 /// What the first read has found.
@@ -208,6 +233,11 @@ impl Opening {
         if blob_size == 0 {
             return Err(FooterError::NoFooter.into());
         }
+        if let Some(position) = promise.zstd_chunked.as_ref().and_then(|promised| promised.position) {
+            let range = with_head(position.range, blob_size)?;
+            check_size(range.length, limits)?;
+            return Ok((Self { blob_size, promise, trust, limits: limits.clone(), range, known: None }, range));
+        }
         let length = (blob_size / GUESS_SHARE).clamp(GUESS_LEAST, GUESS_MOST).min(blob_size);
         let range = BlobRange { start: BlobOffset(blob_size - length), length };
         Ok((Self { blob_size, promise, trust, limits: limits.clone(), range, known: None }, range))
@@ -230,10 +260,16 @@ impl Opening {
     }
 
     fn first(self, tail: &[u8]) -> Result<Step, OpenError> {
-        let table = self.locate(tail)?;
-        if table.range.length > self.limits.toc_bytes {
-            return Err(OpenError::TocTooLarge { bytes: table.range.length, limit: self.limits.toc_bytes });
+        if let Some((promised, position)) = self.promised_position() {
+            let offset = position.range.start;
+            let head = u32::try_from(position.range.length).ok().and_then(|length| footer::skippable(tail, length));
+            let missing =
+                || OpenError::TocCorrupt { offset, detail: "no skippable frame of its size begins there".into() };
+            let bytes = head.ok_or_else(missing)?;
+            return self.finish(Table::zstd(promised.family.kind(), position), bytes);
         }
+        let table = self.locate(tail)?;
+        check_size(table.range.length, &self.limits)?;
         let read_from = self.range.start;
         // A table ends in front of the footer.
         let behind = usize::try_from(self.blob_size - table.range.end().0).unwrap_or(tail.len());
@@ -247,6 +283,11 @@ impl Opening {
         }
     }
 
+    fn promised_position(&self) -> Option<(&ZstdChunked, Packed)> {
+        let promised = self.promise.zstd_chunked.as_ref()?;
+        Some((promised, promised.position?))
+    }
+
     /// Finds the table of contents, by what the blob ends in.
     fn locate(&self, tail: &[u8]) -> Result<Table, OpenError> {
         match footer::read(tail, self.blob_size)? {
@@ -254,32 +295,40 @@ impl Opening {
             Footer::Toc { kind, offset, footer_bytes } => {
                 let end = self.blob_size - footer_bytes as u64;
                 let range = BlobRange { start: offset, length: end - offset.0 };
-                Ok(Table { kind, range, payload_end: offset })
+                Ok(Table { kind, range, payload_end: offset, form: Form::Member })
             }
-            Footer::Other(kind) => {
-                let reason = match kind {
-                    Kind::ExternalToc => "its table of contents is in another image",
-                    _ => "its table of contents is of another format",
-                };
-                Err(OpenError::Unsupported { kind, reason })
+            Footer::Zstd { kind, toc, .. } => Ok(Table::zstd(kind, toc)),
+            Footer::External => {
+                let reason = "its table of contents is in another image";
+                Err(OpenError::Unsupported { kind: Kind::ExternalToc, reason })
             }
         }
     }
 
     fn finish(&self, table: Table, bytes: &[u8]) -> Result<Step, OpenError> {
-        let Table { kind, range, payload_end } = table;
+        let Table { kind, range, payload_end, form } = table;
         let offset = range.start;
-        let toc = estargz::open::Toc::decode(bytes, offset, &self.limits)?;
-        let json = toc.json();
+        if let Some(ZstdChunked { checksum: expected, .. }) = self.promise.zstd_chunked {
+            let mut hasher = expected.hasher();
+            hasher.update(bytes);
+            let found = hasher.finish();
+            if found != expected {
+                return Err(OpenError::TocDigest { offset, expected, found });
+            }
+        }
+        let json = table.decode(bytes, &self.limits)?;
+        let json = json.as_slice();
+        let codec = if form == Form::Member { Codec::Gzip } else { Codec::Zstd };
         let mut hasher = self.promise.toc.map_or_else(Hasher::sha256, |digest| digest.hasher());
         hasher.update(json);
         let found = hasher.finish();
         if let Some(expected) = self.promise.toc.filter(|expected| *expected != found) {
             return Err(OpenError::TocDigest { offset, expected, found });
         }
-        let (index, entries) = estargz::open::index(json, payload_end, self.trust, &self.limits)?;
+        let (index, entries) = estargz::open::index(json, payload_end, codec, self.trust, &self.limits)?;
         let opened = Opened {
             kind,
+            payload_end,
             identity: self.promise.identity().unwrap_or(found),
             toc_digest: found,
             vouched: !self.promise.is_empty(),
@@ -290,3 +339,59 @@ impl Opening {
         Ok(Step::Done(index, opened))
     }
 }
+
+impl Opened {
+    /// Decodes the table of contents once more, out of the bytes of [`Opened::toc_range`].
+    ///
+    /// # Errors
+    /// Where they are not what they were.
+    pub fn decode_toc(&self, bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, OpenError> {
+        let form = if self.kind.is_zstd() { Form::Zstd(self.toc_bytes) } else { Form::Member };
+        let Self { kind, toc_range: range, payload_end, .. } = *self;
+        Table { kind, range, payload_end, form }.decode(bytes, limits)
+    }
+}
+
+impl Table {
+    fn decode(&self, bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, OpenError> {
+        match self.form {
+            Form::Member => estargz::open::decode_toc(bytes, self.range.start, limits),
+            Form::Zstd(uncompressed) => {
+                zstd_chunked::decode_toc(bytes, Packed { range: self.range, uncompressed }, limits)
+            }
+        }
+    }
+
+    fn zstd(kind: Kind, toc: Packed) -> Self {
+        // Behind the head of a skippable frame, as was checked.
+        let payload_end = BlobOffset(toc.range.start.0.saturating_sub(SKIPPABLE_HEAD_BYTES as u64));
+        Self { kind, range: toc.range, payload_end, form: Form::Zstd(toc.uncompressed) }
+    }
+}
+
+impl Family {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Containers => Kind::ZstdChunkedContainers,
+            Self::Stargz => Kind::ZstdChunkedStargz,
+        }
+    }
+}
+
+/// Returns a promised range with the head of the skippable frame before it, where both are in the blob.
+fn with_head(range: BlobRange, blob_size: u64) -> Result<BlobRange, OpenError> {
+    let head = SKIPPABLE_HEAD_BYTES as u64;
+    let outside = || OpenError::Outside { offset: range.start, length: range.length, blob_size };
+    let start = range.start.0.checked_sub(head).ok_or_else(outside)?;
+    let end = range.start.checked_add(range.length).filter(|end| end.0 <= blob_size && range.length > 0);
+    let end = end.ok_or_else(outside)?;
+    Ok(BlobRange { start: BlobOffset(start), length: end.0 - start })
+}
+
+fn check_size(bytes: u64, limits: &Limits) -> Result<(), OpenError> {
+    let limit = limits.toc_bytes;
+    if bytes > limit { Err(OpenError::TocTooLarge { bytes, limit }) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests;

@@ -285,10 +285,13 @@ impl LayerOpening {
         let _turn = self.turn(range).await;
         let tail = self.fetch(range).await?;
         Ok(match footer::detect(&tail, size) {
-            Some(Kind::Estargz | Kind::LegacyStargz) => {
+            Some(Kind::ExternalToc) => not_supported(layer, Kind::ExternalToc),
+            Some(Kind::ZstdChunkedContainers) => {
+                LayerError::Unvouched { layer, annotation: "io.github.containers.zstd-chunked.manifest-checksum" }
+            }
+            Some(Kind::Estargz | Kind::LegacyStargz | Kind::ZstdChunkedStargz) => {
                 LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION }
             }
-            Some(kind) => not_supported(layer, kind),
             None => LayerError::NotLazy { layer, reason: FooterError::NoFooter.to_string() },
         })
     }
@@ -442,7 +445,7 @@ impl LayerOpening {
             opening::OpenError::Unsupported { kind, .. } => not_supported(layer, kind),
             // With an annotation that claims otherwise, a blob without footer is damaged, or not the blob.
             opening::OpenError::Footer(error @ FooterError::NoFooter)
-                if !self.descriptor.annotations.contains_key(TOC_DIGEST_ANNOTATION) =>
+                if Promise::read(&self.descriptor.annotations).is_ok_and(|promise| promise.is_empty()) =>
             {
                 LayerError::NotLazy { layer, reason: error.to_string() }
             }

@@ -7,7 +7,7 @@ use std::io::Read as _;
 use super::toc::{self, Entry, EntryType, TOC_NAME};
 use crate::{
     index::{
-        LayerIndex, NodeId, NodeKind, Prefetch,
+        Codec, LayerIndex, NodeId, NodeKind, Prefetch,
         builder::{Attributes, IndexBuilder, IndexError, MissingDigest, NewChunk, NewKind, Problem},
     },
     limits::Limits,
@@ -22,14 +22,15 @@ const DEFLATE_DENSITY: u64 = 1032;
 /// An entry of a regular file has about as many bytes of JSON. Room is made for as many as a table then has.
 const USUAL_ENTRY_BYTES: usize = 480;
 
-/// Makes an index out of a table of contents (uncompressed JSON) of a blob whose content ends at `payload_end`. Returns
-/// the number of entries too.
+/// Makes an index out of a table of contents (uncompressed JSON) of a blob whose frames end at `payload_end` and are decoded
+/// by `codec`. Returns the number of entries too. eStargz and both dialects of zstd:chunked say the same in the same words.
 ///
 /// # Errors
 /// [`OpenError::Toc`] or [`OpenError::Index`].
 pub fn index(
     json: &[u8],
     payload_end: BlobOffset,
+    codec: Codec,
     trust: Trust,
     limits: &Limits,
 ) -> Result<(LayerIndex, u64), OpenError> {
@@ -37,7 +38,7 @@ pub fn index(
         Trust::Required => MissingDigest::Refuse,
         Trust::Optional => MissingDigest::Allow,
     };
-    let mut builder = IndexBuilder::new(payload_end, missing_digest, limits.clone());
+    let mut builder = IndexBuilder::new(payload_end, missing_digest, limits.clone()).with_codec(codec);
     builder.reserve(json.len() / USUAL_ENTRY_BYTES);
     let mut size = 0;
     let mut entries = 0;
@@ -117,48 +118,39 @@ fn prefetch(index: &LayerIndex) -> Prefetch {
     }
 }
 
-/// The tar entry that holds a table of contents, decoded.
-pub(crate) struct Toc {
-    tar: Vec<u8>,
-    size: usize,
-}
-
 const HEADER_BYTES: usize = 512;
 
-impl Toc {
-    /// Decodes a gzip member.
-    pub(crate) fn decode(member: &[u8], offset: BlobOffset, limits: &Limits) -> Result<Self, OpenError> {
-        let corrupt = |detail: String| OpenError::TocCorrupt { offset, detail };
-        let mut header = [0; HEADER_BYTES];
-        let mut stream = flate2::bufread::GzDecoder::new(member);
-        stream.read_exact(&mut header).map_err(|error| corrupt(format!("gzip: {error}")))?;
-        let bytes = toc_size(&header).map_err(|detail| corrupt(detail.into()))?;
-        if bytes > limits.toc_bytes {
-            return Err(OpenError::TocTooLarge { bytes, limit: limits.toc_bytes });
-        }
-        let dense = || corrupt(format!("{} bytes of gzip cannot hold {bytes} bytes", member.len()));
-        if bytes > (member.len() as u64).saturating_mul(DEFLATE_DENSITY) {
-            return Err(dense());
-        }
-        let size = usize::try_from(bytes).map_err(|_| dense())?;
-        // What Go's tar writer makes: the header, the content, padding, and two empty blocks.
-        let mut tar = vec![0; HEADER_BYTES + size.next_multiple_of(HEADER_BYTES) + 2 * HEADER_BYTES];
-        match libdeflater::Decompressor::new().gzip_decompress(member, &mut tar) {
-            Ok(decoded) if decoded >= HEADER_BYTES + size => {}
-            Ok(_) => return Err(corrupt("the tar entry is cut off".into())),
-            // More blocks than usual; what matters is in front of them.
-            Err(libdeflater::DecompressionError::InsufficientSpace) => {
-                tar.truncate(HEADER_BYTES + size);
-                stream.read_exact(&mut tar[HEADER_BYTES..]).map_err(|error| corrupt(format!("gzip: {error}")))?;
-            }
-            Err(error) => return Err(corrupt(format!("gzip: {error}"))),
-        }
-        Ok(Self { tar, size })
+/// Decodes the gzip member at `offset` that holds a table of contents as a tar entry, and returns its JSON.
+pub(crate) fn decode_toc(member: &[u8], offset: BlobOffset, limits: &Limits) -> Result<Vec<u8>, OpenError> {
+    let corrupt = |detail: String| OpenError::TocCorrupt { offset, detail };
+    let mut header = [0; HEADER_BYTES];
+    let mut stream = flate2::bufread::GzDecoder::new(member);
+    stream.read_exact(&mut header).map_err(|error| corrupt(format!("gzip: {error}")))?;
+    let bytes = toc_size(&header).map_err(|detail| corrupt(detail.into()))?;
+    if bytes > limits.toc_bytes {
+        return Err(OpenError::TocTooLarge { bytes, limit: limits.toc_bytes });
     }
-
-    pub(crate) fn json(&self) -> &[u8] {
-        &self.tar[HEADER_BYTES..HEADER_BYTES + self.size]
+    let dense = || corrupt(format!("{} bytes of gzip cannot hold {bytes} bytes", member.len()));
+    if bytes > (member.len() as u64).saturating_mul(DEFLATE_DENSITY) {
+        return Err(dense());
     }
+    let size = usize::try_from(bytes).map_err(|_| dense())?;
+    // What Go's tar writer makes: the header, the content, padding, and two empty blocks.
+    let mut tar = vec![0; HEADER_BYTES + size.next_multiple_of(HEADER_BYTES) + 2 * HEADER_BYTES];
+    match libdeflater::Decompressor::new().gzip_decompress(member, &mut tar) {
+        Ok(decoded) if decoded >= HEADER_BYTES + size => {}
+        Ok(_) => return Err(corrupt("the tar entry is cut off".into())),
+        // More blocks than usual; what matters is in front of them.
+        Err(libdeflater::DecompressionError::InsufficientSpace) => {
+            stream
+                .read_exact(&mut tar[HEADER_BYTES..HEADER_BYTES + size])
+                .map_err(|error| corrupt(format!("gzip: {error}")))?;
+        }
+        Err(error) => return Err(corrupt(format!("gzip: {error}"))),
+    }
+    tar.truncate(HEADER_BYTES + size);
+    tar.drain(..HEADER_BYTES);
+    Ok(tar)
 }
 
 /// Returns the size in a tar header, which must be that of a table of contents: a regular file of this name, with a size

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use crate::{
     digest::Digest,
     estargz::toc::TOC_DIGEST_ANNOTATION,
-    position::{BlobOffset, BlobRange},
+    position::{BlobOffset, BlobRange, Packed},
 };
 
 /// What a manifest says of a layer. Empty for an ordinary layer, and for one that nobody vouches for.
@@ -33,18 +33,9 @@ pub struct ZstdChunked {
     /// The digest of the table of contents, compressed.
     pub checksum: Digest,
     /// Where it stands.
-    pub position: Option<Position>,
+    pub position: Option<Packed>,
     /// Where the other bytes of the tar stand, as `tar-split` keeps them.
-    pub tar_split: Option<Position>,
-}
-
-/// A part of a blob that is compressed by itself.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Position {
-    /// Its compressed bytes, without the head of the skippable frame around them.
-    pub range: BlobRange,
-    /// How many bytes that is uncompressed.
-    pub uncompressed: u64,
+    pub tar_split: Option<Packed>,
 }
 
 /// Who has made up the annotations of a zstd:chunked layer.
@@ -165,10 +156,10 @@ impl Promise {
             let family = promise.family;
             annotations.insert(family.checksum_annotation(), promise.checksum.to_string());
             if let Some(position) = promise.position {
-                annotations.insert(family.position_annotation(), format!("{}:1", position.text()));
+                annotations.insert(family.position_annotation(), format!("{}:1", position_text(position)));
             }
             if let Some(position) = promise.tar_split {
-                annotations.insert(family.tar_split_annotation(), position.text());
+                annotations.insert(family.tar_split_annotation(), position_text(position));
             }
         }
         annotations
@@ -182,7 +173,7 @@ impl ZstdChunked {
         let position = |key: String, last: &str| {
             let Some(text) = annotations.get(&key) else { return Ok(None) };
             let problem = || format!("{text:?} is not what it should be, OFFSET:BYTES:UNCOMPRESSED{last}");
-            let position = text.strip_suffix(last).and_then(Position::parse);
+            let position = text.strip_suffix(last).and_then(parse_position);
             position.map(Some).ok_or_else(|| PromiseError::Malformed { annotation: key.clone(), problem: problem() })
         };
         Ok(Some(Self {
@@ -194,18 +185,17 @@ impl ZstdChunked {
     }
 }
 
-impl Position {
-    fn parse(text: &str) -> Option<Self> {
-        let mut numbers = text.split(':').map(|number| number.parse::<u64>().ok());
-        let (start, length, uncompressed) = (numbers.next()??, numbers.next()??, numbers.next()??);
-        start.checked_add(length)?;
-        let range = BlobRange { start: BlobOffset(start), length };
-        numbers.next().is_none().then_some(Self { range, uncompressed })
-    }
+/// Reads `OFFSET:BYTES:UNCOMPRESSED`.
+fn parse_position(text: &str) -> Option<Packed> {
+    let mut numbers = text.split(':').map(|number| number.parse::<u64>().ok());
+    let (start, length, uncompressed) = (numbers.next()??, numbers.next()??, numbers.next()??);
+    start.checked_add(length)?;
+    let range = BlobRange { start: BlobOffset(start), length };
+    numbers.next().is_none().then_some(Packed { range, uncompressed })
+}
 
-    fn text(&self) -> String {
-        format!("{}:{}:{}", self.range.start, self.range.length, self.uncompressed)
-    }
+fn position_text(position: Packed) -> String {
+    format!("{}:{}:{}", position.range.start, position.range.length, position.uncompressed)
 }
 
 fn digest(annotation: &str, text: &str) -> Result<Digest, PromiseError> {

@@ -19,9 +19,14 @@
 //!
 //! There is no specification; the rules are those of the two programs, see `docs/formats/zstd-chunked.md`.
 //!
+//! - [`cuts`]: where content is cut. [`tar_split`]: the tar's other bytes, and the sum that goes with them.
+//!
 //! What this module must not know: who reads the blob's ranges, and how.
 
 use std::io::Read as _;
+
+pub mod cuts;
+pub mod tar_split;
 
 use crate::{
     compression::{Compression, Decoder},

@@ -308,11 +308,13 @@ async fn table_of_contents(
     let kind = footer::detect(&tail, descriptor.size);
     if promise.is_empty() {
         let Some(kind) = kind.filter(|kind| *kind == footer::Kind::Estargz || kind.is_zstd()) else { return Ok(None) };
+        let annotation = match kind {
+            footer::Kind::ZstdChunkedContainers => Family::Containers.checksum_annotation(),
+            _ => TOC_DIGEST_ANNOTATION.to_owned(),
+        };
         findings.warning(format!(
-            "it is {}, but no annotation vouches for its table of contents ({TOC_DIGEST_ANNOTATION} or \
-             {}): no lazy reader will trust it",
-            kind.name(),
-            Family::Containers.checksum_annotation()
+            "it is {}, but the annotation {annotation} is missing: no lazy reader will trust it",
+            kind.name()
         ));
     }
     let promised = promise.zstd_chunked.clone();

@@ -114,8 +114,8 @@ fn what_is_reported_is_what_was_written() {
     assert_eq!(
         layer.annotations(),
         [
-            ("containerd.io/snapshot/stargz/toc.digest", layer.toc_digest.to_string()),
-            ("io.containers.estargz.uncompressed-size", text.len().to_string()),
+            ("containerd.io/snapshot/stargz/toc.digest".to_owned(), layer.toc_digest.to_string()),
+            ("io.containers.estargz.uncompressed-size".to_owned(), text.len().to_string()),
         ]
     );
     let index = open(&blob, &layer);

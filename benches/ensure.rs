@@ -74,7 +74,7 @@ impl Scene {
         let converted =
             convert_layer(tar.as_slice(), &options, &workers, &Watch::default(), directory.path(), &mut blob).unwrap();
         let mut descriptor = Descriptor::new(media_type::OCI_LAYER_GZIP, converted.blob_digest, converted.blob_size);
-        descriptor.annotations.extend(converted.annotations().map(|(key, value)| (key.to_owned(), value)));
+        descriptor.annotations.extend(converted.annotations());
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().unwrap();
         let store = Store::open(&directory.path().join("store")).unwrap();
         let source = Arc::new(Memory(blob.into()));

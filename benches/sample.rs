@@ -146,8 +146,10 @@ pub fn table(entries: usize) -> (Vec<u8>, u64) {
 mod tests {
     use loris_format::{
         compression::{GzipLevel, gzip_member},
-        estargz::open::{Trust, index},
+        estargz::open::index,
+        index::Codec,
         limits::Limits,
+        opening::Trust,
         position::BlobOffset,
     };
 
@@ -164,7 +166,8 @@ mod tests {
     #[test]
     fn a_table_is_sound() {
         let (json, end) = table(1_000);
-        let (index, entries) = index(&json, BlobOffset(end), Trust::Required, &Limits::default()).expect("a sound one");
+        let (index, entries) =
+            index(&json, BlobOffset(end), Codec::Gzip, Trust::Required, &Limits::default()).expect("a sound one");
         // The root and the two directories above the packages are implied.
         assert_eq!((entries, index.nodes().len()), (1_000, 1_003));
     }

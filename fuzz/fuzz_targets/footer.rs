@@ -3,11 +3,9 @@
 
 use libfuzzer_sys::fuzz_target;
 use loris_format::{
-    estargz::{
-        footer::{self, Footer},
-        open::{Opening, Step, Trust},
-    },
+    estargz::footer::{self, Footer},
     limits::Limits,
+    opening::{Promise, Opening, Step, Trust},
 };
 
 fuzz_target!(|blob: &[u8]| {
@@ -19,7 +17,7 @@ fuzz_target!(|blob: &[u8]| {
     assert_eq!(footer::detect(tail, size), footer::detect(blob, size));
 
     let limits = Limits { toc_bytes: 1 << 20, entries: 1000, ..Limits::default() };
-    let Ok((mut opening, mut range)) = Opening::new(size, None, Trust::Optional, &limits) else { return };
+    let Ok((mut opening, mut range)) = Opening::new(size, Promise::default(), Trust::Optional, &limits) else { return };
     for _ in 0..2 {
         let start = usize::try_from(range.start.0).expect("inside the blob");
         let length = usize::try_from(range.length).expect("inside the blob");

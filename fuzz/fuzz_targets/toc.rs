@@ -5,11 +5,12 @@
 use libfuzzer_sys::fuzz_target;
 use loris_format::{
     estargz::{
-        open::{self, Trust},
+        open,
         toc::{self, TocError, TocWriter},
     },
-    index::NodeKind,
+    index::{Codec, NodeKind},
     limits::Limits,
+    opening::Trust,
     position::BlobOffset,
     tree::{InodeId, LayerNumber, OpaqueStyle, Tree},
 };
@@ -39,7 +40,7 @@ fuzz_target!(|json: &[u8]| {
         }
         assert_eq!(entries, again);
     }
-    let Ok((index, _)) = open::index(json, PAYLOAD_END, Trust::Optional, &limits) else { return };
+    let Ok((index, _)) = open::index(json, PAYLOAD_END, Codec::Gzip, Trust::Optional, &limits) else { return };
     for extent in index.extents() {
         let frame = &index.frames()[extent.frame.0 as usize];
         assert!(frame.range.end() <= PAYLOAD_END && extent.frame_offset + extent.length <= frame.decoded_length);

@@ -10,7 +10,7 @@ use anyhow::Context as _;
 use clap::Args;
 use loris_convert::{
     image::{ConvertOptions, Target, convert_image},
-    layer::{LayerOptions, MAX_CHUNK_BYTES},
+    layer::{Dialect, Format, LayerOptions, MAX_CHUNK_BYTES},
     record::Record,
 };
 use loris_format::{compression::GzipLevel, limits::Limits};
@@ -32,8 +32,24 @@ pub(crate) struct ConvertArguments {
     /// The new image's name
     destination: String,
     /// Make eStargz layers
-    #[arg(long, conflicts_with = "uncompress")]
+    #[arg(long, conflicts_with_all = ["uncompress", "zstdchunked"])]
     estargz: bool,
+    /// Make zstd:chunked layers, with OCI's media types
+    #[arg(long, conflicts_with = "uncompress")]
+    zstdchunked: bool,
+    /// Strength of compression on zstd's scale, 1 to 22
+    #[arg(long, default_value_t = 3, value_name = "LEVEL", value_parser = clap::value_parser!(i32).range(1..=22))]
+    zstdchunked_compression_level: i32,
+    /// Most uncompressed bytes of a chunk, also as in `512K` or `1MiB`; 0 for 4 MiB. Content is cut by what it is
+    #[arg(long, default_value_t = 0, value_name = "BYTES", value_parser = byte_count)]
+    zstdchunked_chunk_size: u64,
+    /// Files that a workload reads, as `ctr-remote` records them: they come first in their layers
+    #[arg(long, value_name = "FILE", conflicts_with = "estargz_record_in")]
+    zstdchunked_record_in: Option<PathBuf>,
+    /// Who trusts the layers lazily, beside Loris: Podman and its kin, or stargz-snapshotter. The bytes serve both, the
+    /// annotations can't
+    #[arg(long, value_enum, default_value_t = Reader::Containers, value_name = "READER")]
+    zstdchunked_dialect: Reader,
     /// Strength of compression on zlib's scale: 0 to 9, or -1 for its default
     #[arg(long, default_value_t = 9, value_name = "LEVEL", allow_negative_numbers = true)]
     estargz_compression_level: i32,
@@ -59,9 +75,18 @@ pub(crate) struct ConvertArguments {
     selection: Selection,
 }
 
+/// Readers of zstd:chunked.
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Reader {
+    /// Podman, Buildah, Skopeo, CRI-O
+    Containers,
+    /// stargz-snapshotter
+    Stargz,
+}
+
 /// What `loris convert` does without flags.
 pub(crate) fn defaults() -> ConvertOptions {
-    ConvertOptions { target: Target::Estargz(LayerOptions::default()), ..ConvertOptions::default() }
+    ConvertOptions { target: Target::Lazy(LayerOptions::default()), ..ConvertOptions::default() }
 }
 
 impl ConvertArguments {
@@ -79,27 +104,43 @@ impl ConvertArguments {
     }
 
     fn options(&self) -> anyhow::Result<ConvertOptions> {
-        let chunk_bytes = match self.estargz_chunk_size {
+        let (flag, asked) = match self.zstdchunked {
+            true => ("--zstdchunked-chunk-size", self.zstdchunked_chunk_size),
+            false => ("--estargz-chunk-size", self.estargz_chunk_size),
+        };
+        let chunk_bytes = match asked {
             0 => LayerOptions::default().chunk_bytes,
             asked if asked <= MAX_CHUNK_BYTES => asked,
-            asked => {
-                return Err(Usage(format!("--estargz-chunk-size {asked}: the largest is {MAX_CHUNK_BYTES}")).into());
-            }
+            asked => return Err(Usage(format!("{flag} {asked}: the largest is {MAX_CHUNK_BYTES}")).into()),
+        };
+        let dialect = match self.zstdchunked_dialect {
+            Reader::Containers => Dialect::Containers,
+            Reader::Stargz => Dialect::Stargz,
+        };
+        let format = match self.zstdchunked {
+            true => Format::ZstdChunked(self.zstdchunked_compression_level, dialect),
+            false => Format::Estargz,
         };
         let level = GzipLevel::new(self.estargz_compression_level)
             .map_err(|error| Usage(format!("--estargz-compression-level: {error}")))?;
         let target = if self.uncompress {
             Target::Uncompressed
-        } else if self.oci && !self.estargz && self.estargz_record_in.is_none() {
+        } else if self.oci && !self.estargz && !self.zstdchunked && self.estargz_record_in.is_none() {
             // As nerdctl: `--oci` alone changes media types and nothing else.
             Target::Keep
         } else {
-            Target::Estargz(LayerOptions { level, chunk_bytes, ..LayerOptions::default() })
+            Target::Lazy(LayerOptions { format, level, chunk_bytes, ..LayerOptions::default() })
         };
-        let record = self.estargz_record_in.as_ref().map(|path| record(path)).transpose()?;
+        let record = self
+            .estargz_record_in
+            .as_ref()
+            .or(self.zstdchunked_record_in.as_ref())
+            .map(|path| record(path))
+            .transpose()?;
         Ok(ConvertOptions {
             target,
-            oci: self.oci,
+            // Docker has no type for it.
+            oci: self.oci || self.zstdchunked,
             platforms: self.selection.platforms(),
             referrers: !self.no_referrers,
             record,

@@ -121,7 +121,7 @@ async fn look(source: &dyn ImageSource, opened: &OpenedLayer) -> Layer {
         Ok(layer) => {
             let statistics = layer.statistics();
             let cached = statistics.extents_filled;
-            ("eStargz".to_owned(), None, Some(Contents::new(layer.index(), cached)))
+            (layer.opened().kind.name().to_owned(), None, Some(Contents::new(layer.index(), cached)))
         }
         Err(error) => (format_of(source, &opened.descriptor).await, Some(error.to_string()), None),
     };

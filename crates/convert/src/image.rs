@@ -52,8 +52,8 @@ pub use layers::WRITER_ANNOTATION;
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Target {
-    /// eStargz: lazily pullable, and a gzip-compressed tar for everyone else.
-    Estargz(LayerOptions),
+    /// Lazily pullable, and a compressed tar for everyone else.
+    Lazy(LayerOptions),
     /// Layers stay as they are. With [`ConvertOptions::oci`], media types change; without, an exact copy is made.
     Keep,
     /// Tars without compression.
@@ -88,7 +88,7 @@ pub struct ConvertOptions {
 impl Default for ConvertOptions {
     fn default() -> Self {
         Self {
-            target: Target::Estargz(LayerOptions::default()),
+            target: Target::Lazy(LayerOptions::default()),
             oci: false,
             platforms: Platforms::All,
             referrers: true,

@@ -1,4 +1,4 @@
-//! One layer, made into eStargz.
+//! One layer, made into eStargz or zstd:chunked.
 //!
 //! ```text
 //!  input ─▶ decompress ─▶ tar entries ─▶ spool            (first pass: one thread decompresses, one parses)
@@ -22,17 +22,20 @@ use loris_format::{
     compression::{self, GzipLevel},
     digest::{DiffId, Digest, Hasher},
     estargz::{
-        toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
+        toc::UNCOMPRESSED_SIZE_ANNOTATION,
         writer::{self, DEFAULT_CHUNK_BYTES},
     },
     limits::Limits,
+    opening::Promise,
     tar,
 };
 
 mod input;
 mod output;
 mod spool;
+mod verbatim;
 mod workers;
+mod zstd;
 
 #[cfg(test)]
 pub(crate) mod archive;
@@ -40,8 +43,11 @@ pub(crate) mod archive;
 mod golden_tests;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod zstd_tests;
 
 pub use workers::{DEFAULT_MEMORY_BYTES, Workers};
+pub use zstd::Dialect;
 
 /// The level of compression that tools in the field use where nothing else is asked for, on zlib's scale.
 pub const DEFAULT_LEVEL: u8 = 9;
@@ -53,12 +59,24 @@ pub const MAX_CHUNK_BYTES: u64 = 64 << 20;
 /// ends; disks do.
 pub const DEFAULT_MAX_UNCOMPRESSED_BYTES: u64 = 256 << 30;
 
-/// How a layer is made into eStargz.
+/// What a layer is made into.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
+pub enum Format {
+    /// eStargz.
+    #[default]
+    Estargz,
+    /// zstd:chunked, with zstd's level.
+    ZstdChunked(i32, Dialect),
+}
+
+/// How a layer is made lazily pullable.
 #[derive(Clone, Debug)]
 pub struct LayerOptions {
-    /// Strength of compression. Tools in the field use [`GzipLevel::BEST`] where nothing else is asked for, as we do.
+    /// Into what.
+    pub format: Format,
+    /// Strength of compression for eStargz. Tools in the field use [`GzipLevel::BEST`] where nothing else is asked for, as we do.
     pub level: GzipLevel,
-    /// Uncompressed bytes of a chunk, from 1 to [`MAX_CHUNK_BYTES`].
+    /// Uncompressed bytes of a chunk, for zstd:chunked at most, from 1 to [`MAX_CHUNK_BYTES`].
     pub chunk_bytes: u64,
     /// Files that come first, in this order, as paths in the image. Where there are none, the layer says that nothing
     /// is worth prefetching.
@@ -74,6 +92,7 @@ pub struct LayerOptions {
 impl Default for LayerOptions {
     fn default() -> Self {
         Self {
+            format: Format::default(),
             level: GzipLevel::BEST,
             chunk_bytes: DEFAULT_CHUNK_BYTES,
             prioritised: Vec::new(),
@@ -95,7 +114,9 @@ pub struct ConvertedLayer {
     pub diff_id: DiffId,
     /// Digest of the JSON text of the table of contents.
     pub toc_digest: Digest,
-    /// Bytes of the new tar, table of contents included.
+    /// What the manifest must say of the layer, so that readers trust it.
+    pub promise: Promise,
+    /// Bytes of the new tar, for eStargz with its table of contents.
     pub uncompressed_size: u64,
     /// Entries of the new tar, landmark included, table of contents not.
     pub entries: u64,
@@ -113,11 +134,13 @@ pub struct ConvertedLayer {
 impl ConvertedLayer {
     /// Returns the annotations that the layer's descriptor needs, so that readers trust the table of contents.
     #[must_use]
-    pub fn annotations(&self) -> [(&'static str, String); 2] {
-        [
-            (TOC_DIGEST_ANNOTATION, self.toc_digest.to_string()),
-            (UNCOMPRESSED_SIZE_ANNOTATION, self.uncompressed_size.to_string()),
-        ]
+    pub fn annotations(&self) -> Vec<(String, String)> {
+        let mut annotations: Vec<_> = self.promise.annotations().into_iter().collect();
+        // Those who go by the digest of the table go by this size, too.
+        if self.promise.toc.is_some() {
+            annotations.push((UNCOMPRESSED_SIZE_ANNOTATION.to_owned(), self.uncompressed_size.to_string()));
+        }
+        annotations
     }
 }
 
@@ -222,7 +245,7 @@ pub enum Error {
     Thread,
 }
 
-/// Reads a layer (a tar, as it is or compressed with gzip or zstd), and writes it as eStargz to `sink`.
+/// Reads a layer (a tar, as it is or compressed with gzip or zstd), and writes it to `sink` in the format that is asked for.
 ///
 /// Blocks until the layer is written. `spool_directory` must have space for the uncompressed layer while it runs;
 /// nothing is left in it. The blob is not complete before this returns without an error.
@@ -241,8 +264,11 @@ pub fn convert_layer(
     if !(1..=MAX_CHUNK_BYTES).contains(&options.chunk_bytes) {
         return Err(Error::ChunkSize { bytes: options.chunk_bytes });
     }
+    if let Format::ZstdChunked(level, dialect) = options.format {
+        return zstd::convert(input, options, (level, dialect), workers, watch, spool_directory, sink);
+    }
     let spooled = input::spool(input, options, watch, spool_directory)?;
-    let plan = spooled.plan(options)?;
+    let plan = spooled.plan(options, true)?;
     output::write(plan, options, workers, watch, spool_directory, sink)
 }
 

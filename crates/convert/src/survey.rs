@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use futures_util::{StreamExt as _, TryStreamExt as _, future::BoxFuture, stream};
-use loris_format::{digest::Digest, estargz::toc::TOC_DIGEST_ANNOTATION, limits::Limits};
+use loris_format::{digest::Digest, limits::Limits, opening::Promise};
 use loris_oci::{
     Descriptor, Document, ImageSource, Platform, Platforms,
     document::{ImageConfig, Index, Kind, Manifest, media_type::LayerType},
@@ -189,5 +189,5 @@ pub(crate) fn prune(node: &mut Node, selected: &BTreeSet<Digest>) -> bool {
 }
 /// Says whether an image's layers all say that they are lazily pullable.
 pub(crate) fn is_lazy(image: &ImageNode) -> bool {
-    image.manifest.layers.iter().all(|layer| layer.annotations.contains_key(TOC_DIGEST_ANNOTATION))
+    image.manifest.layers.iter().all(|layer| Promise::read(&layer.annotations).is_ok_and(|promise| !promise.is_empty()))
 }

@@ -1,28 +1,23 @@
 //! Whether an image is what it says.
 //!
 //! Every layer is read once, from its first byte to its last, and in that one pass compared with everything that is said
-//! about it: digest and size of the blob, the DiffID in the configuration, and for eStargz the annotations, the table of
+//! about it: digest and size of the blob, the DiffID in the configuration, and for lazy formats the annotations, the table of
 //! contents against the tar (entry by entry: names, types, attributes, sizes, links), each chunk's digest and place, each
 //! file's digest, the footer. What a lazy reader would show is then what unpacking gives.
 //!
 //! Memory: the table of contents of the layers that are being read, and what decompression needs.
 
-use std::{
-    collections::HashSet,
-    fmt,
-    io::{self, Read as _},
-    sync::Arc,
-};
+use std::{collections::HashSet, fmt, io, sync::Arc};
 
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use loris_format::{
     digest::{DiffId, Digest},
     estargz::{
-        footer,
-        open::{OpenError, Opening, Step, Trust},
+        footer::{self, Footer, FooterError},
         toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
     },
     limits::Limits,
+    opening::{Family, OpenError, Opened, Opening, Promise, Step, Trust, ZstdChunked},
     position::BlobRange,
     tar,
 };
@@ -297,46 +292,50 @@ async fn read_layer(
     outcome.map_err(|source| Error::Layer { digest: descriptor.digest, source })
 }
 
-/// Reads an eStargz layer's table of contents by its footer, as a lazy reader does. `None` where there is none to be
-/// compared.
+/// Reads a layer's table of contents as a lazy reader does. `None` where there is none to be compared.
 async fn table_of_contents(
     source: &dyn ImageSource,
     descriptor: &Descriptor,
     options: &VerifyOptions,
     findings: &mut Findings,
 ) -> Result<Option<layer::TableOfContents>, Error> {
-    let claim = descriptor.annotations.get(TOC_DIGEST_ANNOTATION);
-    let digest = match claim.map(|claim| claim.parse::<Digest>()) {
-        Some(Ok(digest)) => Some(digest),
-        Some(Err(error)) => {
-            findings.error(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"));
-            None
-        }
-        None => None,
-    };
+    let promise = Promise::read(&descriptor.annotations).unwrap_or_else(|error| {
+        findings.error(error.to_string());
+        Promise::default()
+    });
     let tail_bytes = (footer::DETECT_BYTES as u64).min(descriptor.size);
     let tail = source.blob_range(descriptor, descriptor.size - tail_bytes..descriptor.size).await?;
     let kind = footer::detect(&tail, descriptor.size);
-    if claim.is_none() && kind != Some(footer::Kind::Estargz) {
-        return Ok(None);
-    }
-    if claim.is_none() {
+    if promise.is_empty() {
+        let Some(kind) = kind.filter(|kind| *kind == footer::Kind::Estargz || kind.is_zstd()) else { return Ok(None) };
+        let annotation = match kind {
+            footer::Kind::ZstdChunkedContainers => Family::Containers.checksum_annotation(),
+            _ => TOC_DIGEST_ANNOTATION.to_owned(),
+        };
         findings.warning(format!(
-            "it is eStargz, but the annotation {TOC_DIGEST_ANNOTATION} is missing: no lazy reader will trust it"
+            "it is {}, but the annotation {annotation} is missing: no lazy reader will trust it",
+            kind.name()
         ));
     }
-    let opened = match open(source, descriptor, digest, &options.limits).await? {
+    let promised = promise.zstd_chunked.clone();
+    let opened = match open(source, descriptor, promise, &options.limits).await? {
         Ok(opened) => opened,
         Err(error) => {
             findings.error(error.to_string());
             return Ok(None);
         }
     };
-    let member = source.blob_range(descriptor, opened.toc_range.start.0..opened.toc_range.end().0).await?;
-    match json(&member, &options.limits) {
-        Ok(json) => {
-            Ok(Some(layer::TableOfContents { json, offset: opened.toc_range.start.0, digest: opened.toc_digest }))
-        }
+    if let Some(promised) = promised {
+        compare_places(&promised, &tail, descriptor.size, findings);
+    }
+    let bytes = source.blob_range(descriptor, opened.toc_range.start.0..opened.toc_range.end().0).await?;
+    match opened.decode_toc(&bytes, &options.limits) {
+        Ok(json) => Ok(Some(layer::TableOfContents {
+            json,
+            kind: opened.kind,
+            offset: opened.toc_range.start.0,
+            digest: opened.toc_digest,
+        })),
         Err(error) => {
             findings.error(format!("table of contents cannot be read: {error}"));
             Ok(None)
@@ -344,13 +343,38 @@ async fn table_of_contents(
     }
 }
 
+/// Compares where annotations and footer of a zstd:chunked layer say that its parts are: some readers go by these, some by
+/// those.
+fn compare_places(promised: &ZstdChunked, tail: &[u8], blob_size: u64, findings: &mut Findings) {
+    let (toc, tar_split) = match footer::read(tail, blob_size) {
+        Ok(Footer::Zstd { toc, tar_split, .. }) => (toc, tar_split),
+        Ok(_) | Err(FooterError::NoFooter) => {
+            findings.warning("it has no footer: readers that go by that find no table of contents");
+            return;
+        }
+        Err(error) => {
+            findings.error(error.to_string());
+            return;
+        }
+    };
+    let (position, split) = (promised.family.position_annotation(), promised.family.tar_split_annotation());
+    if promised.position.is_some_and(|position| position != toc) {
+        findings.error(format!("annotation {position} and the footer name two places for the table of contents"));
+    }
+    if let (Some(promised), Some(found)) = (promised.tar_split, tar_split)
+        && promised != found
+    {
+        findings.error(format!("annotation {split} and the footer name two places for the tar-split"));
+    }
+}
+
 async fn open(
     source: &dyn ImageSource,
     descriptor: &Descriptor,
-    toc_digest: Option<Digest>,
+    promise: Promise,
     limits: &Limits,
-) -> Result<Result<loris_format::estargz::open::Opened, OpenError>, Error> {
-    let (mut opening, mut range) = match Opening::new(descriptor.size, toc_digest, Trust::Optional, limits) {
+) -> Result<Result<Opened, OpenError>, Error> {
+    let (mut opening, mut range) = match Opening::new(descriptor.size, promise, Trust::Optional, limits) {
         Ok(opening) => opening,
         Err(error) => return Ok(Err(error)),
     };
@@ -363,14 +387,4 @@ async fn open(
             Err(error) => return Ok(Err(error)),
         }
     }
-}
-
-/// Returns the text of a table of contents out of its gzip member.
-fn json(member: &[u8], limits: &Limits) -> Result<Vec<u8>, Box<dyn std::error::Error>> {
-    let mut archive = tar::Reader::new(flate2::bufread::GzDecoder::new(member), limits);
-    let mut json = Vec::new();
-    if archive.next_entry()?.is_some() {
-        archive.content().take(limits.toc_bytes).read_to_end(&mut json)?;
-    }
-    Ok(json)
 }

@@ -9,6 +9,8 @@
 //! - [`tar`]: every dialect of tar, read and written.
 //! - [`compression`]: none, gzip, zstd; whole streams and single frames.
 //! - [`estargz`]: table of contents, footers, landmarks; reader and writer.
+//! - [`zstd_chunked`]: the same with zstd, in the dialects of containers/storage and of stargz-snapshotter.
+//! - [`opening`]: which lazy format a layer has, and the way to its index.
 //! - [`index`]: the model. [`tree`]: one or many indexes as one file-system tree.
 //! - [`erofs`]: a tree as an image that the kernel mounts.
 //! - [`program`]: what an executable or a script names that must be there before it runs.
@@ -24,7 +26,9 @@ pub mod erofs;
 pub mod estargz;
 pub mod index;
 pub mod limits;
+pub mod opening;
 pub mod position;
 pub mod program;
 pub mod tar;
 pub mod tree;
+pub mod zstd_chunked;

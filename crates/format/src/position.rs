@@ -50,6 +50,15 @@ pub struct BlobRange {
     pub length: u64,
 }
 
+/// A part of a blob that is compressed by itself.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Packed {
+    /// Its compressed bytes.
+    pub range: BlobRange,
+    /// How many bytes that is uncompressed.
+    pub uncompressed: u64,
+}
+
 impl BlobRange {
     /// Returns the position behind the last byte.
     ///

@@ -514,7 +514,7 @@ fn layout(index: &LayerIndex) -> [u8; 32] {
 /// these 16 bytes and the rest, and the bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Tail {
-    /// Where `bytes` end: the size of the blob.
+    /// Where `bytes` end: mostly the blob's own end.
     end: u64,
     bytes: Vec<u8>,
 }
@@ -554,7 +554,7 @@ impl Tail {
         let (magic, rest) = header.split_first_chunk::<8>()?;
         let (end, sum) = rest.split_first_chunk::<8>()?;
         let tail = Self { end: u64::from_le_bytes(*end), bytes };
-        (magic == TAIL_MAGIC && tail.end == blob_size && sum == tail.sum()).then_some(tail)
+        (magic == TAIL_MAGIC && tail.end <= blob_size && sum == tail.sum()).then_some(tail)
     }
 
     /// Returns the size of the file that it is saved in, in bytes.
@@ -585,7 +585,7 @@ impl Tail {
         result.map_err(StoreError::file(&path)).map(drop)
     }
 
-    /// Returns the size of the blob whose end was saved, as the file says: [`Tail::load`] checks it.
+    /// Returns where what was saved ends, as the file says: the size of the blob, for all but zstd:chunked.
     pub(crate) fn saved_size(directory: &Path) -> Option<u64> {
         let file = File::options().read(true).custom_flags(NO_FOLLOW).open(directory.join("toc")).ok()?;
         let mut size = [0; 8];

@@ -16,9 +16,9 @@ use std::{
 use futures_util::{StreamExt as _, stream};
 use loris_format::{
     digest::{DiffId, Digest},
-    estargz::open::Opened,
     index::{Extent, FrameId, LayerIndex, NodeId, NodeKind},
     limits::Limits,
+    opening::Opened,
     position::{DataOffset, DataRange, FileOffset},
 };
 use loris_oci::{Descriptor, ImageSource, link::Link};

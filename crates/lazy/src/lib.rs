@@ -49,6 +49,7 @@ mod disk;
 mod eviction;
 mod fetch;
 mod filled;
+mod kept;
 mod neighbours;
 mod quota;
 mod recheck;

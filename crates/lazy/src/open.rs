@@ -12,7 +12,6 @@ use loris_format::{
     digest::{DiffId, Digest},
     estargz::{
         footer::{self, DETECT_BYTES, FooterError, Kind},
-        open::{self as estargz, Opened, Opening, Step},
         toc::TOC_DIGEST_ANNOTATION,
     },
     index::{
@@ -20,6 +19,7 @@ use loris_format::{
         builder::{IndexError, Problem},
     },
     limits::Limits,
+    opening::{self, Opened, Opening, Promise, Step},
     position::{BlobOffset, BlobRange},
 };
 use loris_oci::{
@@ -30,6 +30,7 @@ use loris_oci::{
 use crate::{
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
+    kept,
     layer::{Counters, LazyLayer},
     plan::FetchPolicy,
     proof::{Finding, Verdict},
@@ -167,9 +168,7 @@ async fn open_layers(
     options: &OpenOptions,
 ) -> Vec<OpenedLayer> {
     // The same layer twice is opened once.
-    let key = |descriptor: &Descriptor| {
-        (descriptor.digest, descriptor.size, descriptor.annotations.get(TOC_DIGEST_ANNOTATION).cloned())
-    };
+    let key = |descriptor: &Descriptor| (descriptor.digest, descriptor.size, descriptor.annotations.clone());
     let mut distinct: HashMap<_, usize> = HashMap::new();
     let mut descriptors = Vec::new();
     for descriptor in &manifest.layers {
@@ -248,6 +247,8 @@ struct LayerOpening {
 struct Indexed {
     index: LayerIndex,
     opened: Opened,
+    /// What the manifest says of it.
+    promise: Promise,
     /// The end of the blob that it was read from.
     tail: Tail,
     /// Whether the tail came from the network.
@@ -264,22 +265,16 @@ enum Start {
 
 impl LayerOpening {
     async fn open(self) -> Result<Arc<LazyLayer>, LayerError> {
-        let annotation = self.annotation()?;
-        if annotation.is_none() && self.options.trust == Trust::Vouched {
-            return Err(self.without_annotation().await?);
+        let promise = Promise::read(&self.descriptor.annotations).map_err(|error| self.refused(error.into()))?;
+        if promise.is_empty() && self.options.trust == Trust::Vouched {
+            return Err(self.without_promise().await?);
         }
-        let indexed = self.index(annotation).await?;
+        let indexed = self.index(promise).await?;
         self.finish(indexed).await
     }
 
-    fn annotation(&self) -> Result<Option<Digest>, LayerError> {
-        let Some(text) = self.descriptor.annotations.get(TOC_DIGEST_ANNOTATION) else { return Ok(None) };
-        let invalid = |error| self.corrupt(format!("annotation {TOC_DIGEST_ANNOTATION}: {error}"));
-        text.parse().map(Some).map_err(invalid)
-    }
-
     /// Says what is wrong with a layer that nothing vouches for: mostly, that it is an ordinary layer.
-    async fn without_annotation(&self) -> Result<LayerError, LayerError> {
+    async fn without_promise(&self) -> Result<LayerError, LayerError> {
         let layer = self.descriptor.digest;
         let size = self.descriptor.size;
         let length = size.min(DETECT_BYTES as u64);
@@ -290,20 +285,23 @@ impl LayerOpening {
         let _turn = self.turn(range).await;
         let tail = self.fetch(range).await?;
         Ok(match footer::detect(&tail, size) {
-            Some(Kind::Estargz | Kind::LegacyStargz) => {
+            Some(Kind::ExternalToc) => not_supported(layer, Kind::ExternalToc),
+            Some(Kind::ZstdChunkedContainers) => {
+                LayerError::Unvouched { layer, annotation: "io.github.containers.zstd-chunked.manifest-checksum" }
+            }
+            Some(Kind::Estargz | Kind::LegacyStargz | Kind::ZstdChunkedStargz) => {
                 LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION }
             }
-            Some(kind) => not_supported(layer, kind),
             None => LayerError::NotLazy { layer, reason: FooterError::NoFooter.to_string() },
         })
     }
 
     /// Reads the table of contents: from the store, else from the source.
-    async fn index(&self, annotation: Option<Digest>) -> Result<Indexed, LayerError> {
+    async fn index(&self, promise: Promise) -> Result<Indexed, LayerError> {
         let mut again = false;
         loop {
             let mut tail = Tail::default();
-            let (mut opening, mut range) = match self.start(annotation).await? {
+            let (mut opening, mut range) = match self.start(&promise).await? {
                 Start::Opened(indexed) => return Ok(*indexed),
                 Start::Fetch(opening, range) => (*opening, range),
             };
@@ -315,7 +313,9 @@ impl LayerOpening {
                 tail.extend_down(range, &bytes);
                 match self.compute(move || opening.supply(&bytes)).await? {
                     Ok(Step::Read(next, next_range)) => (opening, range) = (next, next_range),
-                    Ok(Step::Done(index, opened)) => return Ok(Indexed { index, opened, tail, fresh: true }),
+                    Ok(Step::Done(index, opened)) => {
+                        return Ok(Indexed { index, opened, promise, tail, fresh: true });
+                    }
                     Err(error) => break self.refused(error),
                 }
             };
@@ -328,27 +328,21 @@ impl LayerOpening {
     }
 
     /// Opens the layer from what the store has of its blob's end; where it has nothing of use, says what to fetch.
-    async fn start(&self, annotation: Option<Digest>) -> Result<Start, LayerError> {
+    async fn start(&self, promise: &Promise) -> Result<Start, LayerError> {
         let trust = match self.options.trust {
-            Trust::Vouched => estargz::Trust::Required,
-            Trust::Anything => estargz::Trust::Optional,
+            Trust::Vouched => opening::Trust::Required,
+            Trust::Anything => opening::Trust::Optional,
         };
         let (size, limits) = (self.descriptor.size, self.options.limits.clone());
-        let begin = move || Opening::new(size, annotation, trust, &limits);
-        let (opening, range) = begin().map_err(|error| self.refused(error))?;
-        // Without an annotation nothing says which of the tables that the blob's name was seen with is meant.
-        let Some(toc) = annotation else { return Ok(Start::Fetch(Box::new(opening), range)) };
-        let directory = self.store.directory(&self.descriptor.digest, &toc, None);
-        let limit = self.options.limits.toc_bytes;
+        let begun = Opening::new(size, promise.clone(), trust, &limits);
+        let (opening, range) = begun.map_err(|error| self.refused(error))?;
+        // Without a promise nothing says which of the tables that the blob's name was seen with is meant.
+        let Some(identity) = promise.identity() else { return Ok(Start::Fetch(Box::new(opening), range)) };
+        let directory = self.store.directory(&self.descriptor.digest, &identity, None);
+        let promise = promise.clone();
         let replay = move || {
-            let tail = Tail::load(&directory, size, limit)?;
-            let (mut opening, mut range) = begin().ok()?;
-            loop {
-                match opening.supply(tail.get(range)?).ok()? {
-                    Step::Read(next, next_range) => (opening, range) = (next, next_range),
-                    Step::Done(index, opened) => return Some(Indexed { index, opened, tail, fresh: false }),
-                }
-            }
+            let (index, opened, tail) = kept::replay(&directory, size, promise.clone(), trust, &limits)?;
+            Some(Indexed { index, opened, promise, tail, fresh: false })
         };
         Ok(match self.compute(replay).await? {
             Some(indexed) => Start::Opened(Box::new(indexed)),
@@ -359,20 +353,21 @@ impl LayerOpening {
     /// Opens the local files.
     async fn finish(self, indexed: Indexed) -> Result<Arc<LazyLayer>, LayerError> {
         let layer = self.descriptor.digest;
-        let Indexed { index, opened, tail, fresh } = indexed;
+        let Indexed { index, opened, promise, tail, fresh } = indexed;
         let vouched = opened.vouched && index.extents().iter().all(|extent| extent.digest.is_some());
         if !vouched && self.options.trust == Trust::Vouched {
             // The machine has refused it before it came here.
             return Err(LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION });
         }
-        let name = self.source.name();
+        let (name, size) = (self.source.name(), self.descriptor.size);
         let unverified_from = (!vouched).then_some(name.as_str());
-        let directory = self.store.directory(&layer, &opened.toc_digest, unverified_from);
+        let directory = self.store.directory(&layer, &opened.identity, unverified_from);
         let store = self.store.clone();
         let work = move || -> Result<_, StoreError> {
             if fresh && vouched {
                 let _room = store.room(tail.saved_bytes())?;
                 tail.save(&directory)?;
+                kept::save_promise(&directory, size, &promise)?;
             }
             let cache = store.layer(&directory, &layer, &index)?;
             store.note_origin(&directory, &name);
@@ -444,18 +439,18 @@ impl LayerOpening {
         LayerError::Corrupt { layer: self.descriptor.digest, detail }
     }
 
-    fn refused(&self, error: estargz::OpenError) -> LayerError {
+    fn refused(&self, error: opening::OpenError) -> LayerError {
         let layer = self.descriptor.digest;
         match error {
-            estargz::OpenError::NotVouched => LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION },
-            estargz::OpenError::Unsupported { kind, .. } => not_supported(layer, kind),
+            opening::OpenError::NotVouched => LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION },
+            opening::OpenError::Unsupported { kind, .. } => not_supported(layer, kind),
             // With an annotation that claims otherwise, a blob without footer is damaged, or not the blob.
-            estargz::OpenError::Footer(error @ FooterError::NoFooter)
-                if !self.descriptor.annotations.contains_key(TOC_DIGEST_ANNOTATION) =>
+            opening::OpenError::Footer(error @ FooterError::NoFooter)
+                if Promise::read(&self.descriptor.annotations).is_ok_and(|promise| promise.is_empty()) =>
             {
                 LayerError::NotLazy { layer, reason: error.to_string() }
             }
-            estargz::OpenError::Index(IndexError { name, problem: Problem::NoDigest { at }, .. }) => {
+            opening::OpenError::Index(IndexError { name, problem: Problem::NoDigest { at }, .. }) => {
                 LayerError::Undigested { layer, path: name, offset: at }
             }
             error => self.corrupt(error.to_string()),

@@ -359,7 +359,9 @@ impl<'a> TarStream<'a> {
             segments.push_back(Segment::Frame(FrameId(id)));
             at = frame.range.end().0;
         }
-        segments.extend(between(at, size));
+        // The skippable frames behind the tar of zstd:chunked are nothing to whoever decodes it.
+        let end = if layer.opened().kind.is_zstd() { layer.opened().payload_end.0 } else { size };
+        segments.extend(between(at, end));
         let tail = Tail::load(layer.directory(), size, layer.limits.toc_bytes).unwrap_or_default();
         Ok(Self {
             layer,

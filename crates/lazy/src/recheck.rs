@@ -5,17 +5,12 @@
 
 use std::{fs::File, io, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
-use loris_format::{
-    digest::Digest,
-    estargz::open::{Opening, Step, Trust},
-    index::{Extent, LayerIndex},
-    limits::Limits,
-};
+use loris_format::{digest::Digest, index::Extent, limits::Limits};
 
 use crate::{
-    cache::Tail,
     census::StoredLayer,
     error::{EnsureError, StoreError, path_of},
+    kept::saved_index,
     layer::LazyLayer,
     store::Store,
 };
@@ -101,19 +96,6 @@ impl Store {
             let _ = lock.and_then(|lock| lock.set_modified(layer.last_used));
         }
         Ok(checked)
-    }
-}
-
-/// Reads the index of a layer out of what was saved of its blob's end.
-fn saved_index(directory: &std::path::Path, toc: Digest, limits: &Limits) -> Option<LayerIndex> {
-    let size = Tail::saved_size(directory)?;
-    let tail = Tail::load(directory, size, limits.toc_bytes)?;
-    let (mut opening, mut range) = Opening::new(size, Some(toc), Trust::Required, limits).ok()?;
-    loop {
-        match opening.supply(tail.get(range)?).ok()? {
-            Step::Read(next, next_range) => (opening, range) = (next, next_range),
-            Step::Done(index, _) => return Some(index),
-        }
     }
 }
 

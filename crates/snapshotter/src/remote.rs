@@ -18,6 +18,7 @@ use futures_util::{
 use loris_format::{
     digest::{DiffId, Digest},
     estargz::toc::TOC_DIGEST_ANNOTATION,
+    opening::Promise,
 };
 use loris_lazy::{LayerError, LazyLayer, OpenOptions, Store, documents::Remembering, open::open_layer};
 use loris_oci::{
@@ -133,9 +134,19 @@ impl RemoteLayer {
     /// Names the content: two layers with the same key are the same, whatever image they are of.
     #[must_use]
     pub fn key(&self) -> String {
-        let toc = self.descriptor.annotations.get(TOC_DIGEST_ANNOTATION).map_or("", String::as_str);
-        format!("{} {toc} {}", self.descriptor.digest, self.unvouched_from.as_deref().unwrap_or_default())
+        format!("{} {}", content_key(&self.descriptor), self.unvouched_from.as_deref().unwrap_or_default())
     }
+}
+
+/// Returns the digest that vouches for a layer's index, where the manifest has one.
+fn identity(descriptor: &Descriptor) -> Option<Digest> {
+    Promise::read(&descriptor.annotations).ok()?.identity()
+}
+
+/// Names a layer by its blob and its index.
+fn content_key(descriptor: &Descriptor) -> String {
+    let identity = identity(descriptor).map(|digest| digest.to_string()).unwrap_or_default();
+    format!("{} {identity}", descriptor.digest)
 }
 
 /// How images are opened.
@@ -291,8 +302,8 @@ impl Images {
     /// Returns where the store keeps a layer that is not open.
     #[must_use]
     pub fn directory(&self, remote: &RemoteLayer) -> Option<PathBuf> {
-        let toc = remote.descriptor.annotations.get(TOC_DIGEST_ANNOTATION)?.parse().ok()?;
-        Some(self.store.layer_directory(&remote.descriptor.digest, &toc))
+        let identity = identity(&remote.descriptor)?;
+        Some(self.store.layer_directory(&remote.descriptor.digest, &identity))
     }
 
     async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, Fallback> {
@@ -390,8 +401,7 @@ impl Images {
         source: Arc<dyn ImageSource>,
         descriptor: &Descriptor,
     ) -> Result<Arc<LazyLayer>, LayerError> {
-        let toc = descriptor.annotations.get(TOC_DIGEST_ANNOTATION);
-        let key = format!("{} {}", descriptor.digest, toc.map_or("", String::as_str));
+        let key = content_key(descriptor);
         if let Some(layer) = lock(&self.open).get(&key).and_then(Weak::upgrade) {
             return Ok(layer);
         }

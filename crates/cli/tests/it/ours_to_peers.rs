@@ -164,3 +164,36 @@ fn stargz_tools_read_our_tables_of_contents() {
         assert!(toc_of_all.contains("1969-12-31T23:59:55.999999999Z"), "{toc_of_all}");
     }
 }
+
+#[test]
+fn zstd_chunked_keeps_the_layers_and_comes_back() {
+    let test = "zstd_chunked_keeps_the_layers_and_comes_back";
+    let Some(small) = image::small(test) else { return };
+    let place = Place::new();
+    let to = |name: &str, from: &Path, flags: &str| {
+        let to = place.join(name);
+        let mut command = place.loris(&format!("convert --quiet {flags}"));
+        ok(command.arg(format!("oci:{}:t", from.display())).arg(format!("oci:{}:t", to.display())));
+        to
+    };
+    let plain = to("plain", small, "--uncompress");
+    for (dialect, keeps) in [("containers", true), ("stargz", false)] {
+        let flags = format!("--zstdchunked --zstdchunked-dialect {dialect}");
+        let converted = to(dialect, small, &flags);
+        ok(place.loris("verify --quiet").arg(format!("oci:{}:t", converted.display())));
+        let report = ok(place.loris("inspect --json").arg(format!("oci:{}:t", converted.display()))).json();
+        assert_eq!(report["lazy"], true, "{report}");
+        for layer in report["layers"].as_array().unwrap() {
+            assert!(layer["format"].as_str().unwrap().starts_with("zstd:chunked"), "{layer}");
+        }
+        let back = to(&format!("{dialect}-back"), &converted, "--uncompress");
+        assert_eq!(layout::layers(&back) == layout::layers(&plain), keeps, "{dialect}");
+        // Already as asked for.
+        let again = to(&format!("{dialect}-again"), &converted, &flags);
+        assert_eq!(layout::manifest(&again), layout::manifest(&converted));
+        let unpacked = layout::unpack(&back, "t", &place.join(&format!("{dialect}-bundle")));
+        let original = layout::unpack(&plain, "t", &place.join(&format!("{dialect}-original")));
+        assert_same(&unpacked_facts(&original), &unpacked_facts(&unpacked));
+    }
+    place.assert_clean();
+}

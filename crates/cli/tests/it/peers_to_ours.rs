@@ -47,6 +47,21 @@ fn images_of_stargz_tools_are_lazy_sound_and_the_same() {
     if optimized {
         is_read(&place, &containerd, "optimized");
     }
+    let mut command = containerd.ctr_remote();
+    command.args(["images", "convert", "--zstdchunked", "--oci", source, "localhost/small:zstd"]);
+    ok(&mut command);
+    let exported = place.join("zstd");
+    containerd.export("localhost/small:zstd", &exported);
+    let image = format!("oci:{}", exported.display());
+    let report = ok(place.loris("inspect --json").arg(&image)).json();
+    assert_eq!(report["lazy"], true, "{report}");
+    for layer in report["layers"].as_array().unwrap() {
+        assert_eq!(layer["format"], "zstd:chunked (stargz-snapshotter)", "{layer}");
+    }
+    let verified = run(place.loris("verify --quiet").arg(&image));
+    for line in verified.text().lines() {
+        assert!(line.contains(NOT_UTF8), "{verified}");
+    }
 }
 
 /// Runs the image and has it laid out as it was read; says why where containers can't run here.

@@ -17,6 +17,7 @@ use loris_format::{
         footer,
         toc::{TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION},
     },
+    opening::Promise,
 };
 use loris_oci::document::media_type::{LayerCompression, LayerType};
 use tempfile::NamedTempFile;
@@ -29,7 +30,7 @@ use super::{
 };
 use crate::{
     carry::{Carrier, counted, watched},
-    layer::{self, Watch, Workers, convert_layer},
+    layer::{self, Dialect, Format, Watch, Workers, convert_layer},
     progress::{Action, Outcome},
 };
 
@@ -129,7 +130,7 @@ pub(super) async fn convert_all(
             };
             layers.push(plan);
         }
-        if matches!(options.target, Target::Estargz(_))
+        if matches!(options.target, Target::Lazy(_))
             && !options.oci
             && image.document.media_type != edit::oci_type(&image.document.media_type)
         {
@@ -166,7 +167,7 @@ pub(super) async fn convert_all(
 }
 
 fn prioritised(options: &ConvertOptions, image: &ImageNode, index: usize, recorded: bool) -> Vec<Vec<u8>> {
-    let Target::Estargz(layer) = &options.target else { return Vec::new() };
+    let Target::Lazy(layer) = &options.target else { return Vec::new() };
     match &options.record {
         None => layer.prioritised.clone(),
         Some(record) if recorded => record.layer(&image.document.digest, index),
@@ -188,7 +189,7 @@ async fn keep(
     let unchanged = match &options.target {
         Target::Keep => true,
         Target::Uncompressed => layer.compression == LayerCompression::None,
-        Target::Estargz(options) => is_ours(carrier, descriptor, options, prioritised).await?,
+        Target::Lazy(options) => is_ours(carrier, descriptor, options, prioritised).await?,
     };
     Ok(unchanged.then_some(LayerChange::Unchanged))
 }
@@ -200,7 +201,17 @@ fn writer(options: &LayerOptions, prioritised: &[Vec<u8>]) -> String {
         hasher.update(&[0]);
     }
     let order = if prioritised.is_empty() { "none".to_owned() } else { hasher.finish().to_string() };
-    format!("estargz/{REVISION} level={} chunk={} order={order}", options.level.get(), options.chunk_bytes)
+    let chunk = options.chunk_bytes;
+    match options.format {
+        Format::Estargz => format!("estargz/{REVISION} level={} chunk={chunk} order={order}", options.level.get()),
+        Format::ZstdChunked(level, dialect) => {
+            let dialect = match dialect {
+                Dialect::Containers => "containers",
+                Dialect::Stargz => "stargz",
+            };
+            format!("zstd-chunked/{REVISION} dialect={dialect} level={level} chunk={chunk} order={order}")
+        }
+    }
 }
 
 async fn is_ours(
@@ -215,15 +226,16 @@ async fn is_ours(
         Some(any_order) => found.starts_with(any_order),
         None => *found == wanted,
     };
-    let annotated = [TOC_DIGEST_ANNOTATION, UNCOMPRESSED_SIZE_ANNOTATION]
-        .iter()
-        .all(|key| descriptor.annotations.contains_key(*key));
-    if !same || !annotated {
+    let promise = Promise::read(&descriptor.annotations).unwrap_or_default();
+    let is_zstd = options.format != Format::Estargz;
+    let sized = promise.toc.is_none() || descriptor.annotations.contains_key(UNCOMPRESSED_SIZE_ANNOTATION);
+    if !same || promise.is_empty() || promise.zstd_chunked.is_some() != is_zstd || !sized {
         return Ok(false);
     }
     let begin = descriptor.size.saturating_sub(footer::DETECT_BYTES as u64);
     let tail = carrier.source.blob_range(descriptor, begin..descriptor.size).await?;
-    Ok(footer::detect(&tail, descriptor.size) == Some(footer::Kind::Estargz))
+    let found = footer::detect(&tail, descriptor.size);
+    Ok(if is_zstd { found.is_some_and(footer::Kind::is_zstd) } else { found == Some(footer::Kind::Estargz) })
 }
 
 async fn convert_jobs(jobs: &[Job], carrier: &Carrier<'_>, options: &ConvertOptions) -> Result<Vec<MadeLayer>, Error> {
@@ -231,7 +243,7 @@ async fn convert_jobs(jobs: &[Job], carrier: &Carrier<'_>, options: &ConvertOpti
         return Ok(Vec::new());
     }
     let workers = match &options.target {
-        Target::Estargz(layer) => {
+        Target::Lazy(layer) => {
             let threads =
                 options.threads.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
             Some(Arc::new(Workers::start(threads, layer.chunk_bytes, options.memory_bytes).map_err(Error::Threads)?))
@@ -319,7 +331,7 @@ async fn convert_blob(
     let watch = Arc::new(Watch::default());
     let _stop = StopOnDrop(Arc::clone(&watch));
     let target = match &options.target {
-        Target::Estargz(layer) => Some(LayerOptions {
+        Target::Lazy(layer) => Some(LayerOptions {
             prioritised: job.prioritised.clone(),
             allow_missing: layer.allow_missing || options.record.is_some(),
             ..layer.clone()
@@ -327,7 +339,7 @@ async fn convert_blob(
         Target::Keep | Target::Uncompressed => None,
     };
     let work = tokio::task::spawn_blocking(move || match (target, workers) {
-        (Some(options), Some(workers)) => estargz(input, &options, &workers, &watch, &directory, sink),
+        (Some(options), Some(workers)) => lazy(input, &options, &workers, &watch, &directory, sink),
         _ => uncompressed(input, &watch, sink),
     });
     let told = |bytes| carrier.progress.advanced(Action::Convert, &digest, bytes);
@@ -340,7 +352,7 @@ async fn convert_blob(
     Ok((made, file))
 }
 
-fn estargz(
+fn lazy(
     input: impl io::Read + Send,
     options: &LayerOptions,
     workers: &Workers,
@@ -351,17 +363,20 @@ fn estargz(
     let layer = convert_layer(input, options, workers, watch, directory, sink)?;
     let mut annotations: Vec<(String, Option<String>)> =
         STALE_ANNOTATIONS.iter().map(|key| ((*key).to_owned(), None)).collect();
-    let own = layer.annotations().into_iter().chain([(WRITER_ANNOTATION, writer(options, &options.prioritised))]);
-    for (key, value) in own {
-        annotations.retain(|(stale, _)| stale != key);
-        annotations.push((key.to_owned(), Some(value)));
+    let writer = (WRITER_ANNOTATION.to_owned(), writer(options, &options.prioritised));
+    for (key, value) in layer.annotations().into_iter().chain([writer]) {
+        annotations.retain(|(stale, _)| *stale != key);
+        annotations.push((key, Some(value)));
     }
     Ok(MadeLayer {
         digest: layer.blob_digest,
         size: layer.blob_size,
         diff_id: layer.diff_id,
         source_diff_id: layer.source_diff_id,
-        compression: LayerCompression::Gzip,
+        compression: match options.format {
+            Format::Estargz => LayerCompression::Gzip,
+            Format::ZstdChunked(..) => LayerCompression::Zstd,
+        },
         annotations,
         toc_digest: Some(layer.toc_digest),
         missing: layer.missing.len(),

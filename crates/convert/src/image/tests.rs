@@ -173,7 +173,7 @@ fn an_image_is_converted_and_again_is_the_same() {
     check(&second, &again.digest);
     // With other options it is another image, and from our output the same one as from the source.
     let mut other = LayerOptions { chunk_bytes: 1 << 20, ..LayerOptions::default() };
-    let options = ConvertOptions { target: Target::Estargz(other.clone()), ..ConvertOptions::default() };
+    let options = ConvertOptions { target: Target::Lazy(other.clone()), ..ConvertOptions::default() };
     let from_ours = convert(&sink, &Memory::new(), &options).unwrap();
     assert_ne!(from_ours.digest, report.digest);
     assert_eq!(from_ours.digest, convert(&source, &Memory::new(), &options).unwrap().digest);
@@ -181,7 +181,7 @@ fn an_image_is_converted_and_again_is_the_same() {
     other.chunk_bytes = LayerOptions::default().chunk_bytes;
     other.prioritised = vec![b"z".to_vec()];
     let ordered = Memory::new();
-    let options = ConvertOptions { target: Target::Estargz(other), ..ConvertOptions::default() };
+    let options = ConvertOptions { target: Target::Lazy(other), ..ConvertOptions::default() };
     let first = convert(&source, &ordered, &options).unwrap();
     assert_ne!(first.digest, report.digest);
     assert_eq!(convert(&ordered, &Memory::new(), &ConvertOptions::default()).unwrap().digest, first.digest);
@@ -277,8 +277,8 @@ fn dockers_types_are_kept_or_made_ocis() {
     let root = index(&source, &[(&one, &for_platform("amd64"))], true);
     source.set_root(&root);
     for (target, oci, want, layer) in [
-        (Target::Estargz(LayerOptions::default()), false, media_type::DOCKER_MANIFEST, media_type::DOCKER_LAYER_GZIP),
-        (Target::Estargz(LayerOptions::default()), true, media_type::OCI_MANIFEST, media_type::OCI_LAYER_GZIP),
+        (Target::Lazy(LayerOptions::default()), false, media_type::DOCKER_MANIFEST, media_type::DOCKER_LAYER_GZIP),
+        (Target::Lazy(LayerOptions::default()), true, media_type::OCI_MANIFEST, media_type::OCI_LAYER_GZIP),
         (Target::Keep, true, media_type::OCI_MANIFEST, media_type::OCI_LAYER_GZIP),
         (Target::Keep, false, media_type::DOCKER_MANIFEST, media_type::DOCKER_LAYER_GZIP),
         (Target::Uncompressed, false, media_type::DOCKER_MANIFEST, media_type::DOCKER_LAYER),
@@ -297,7 +297,7 @@ fn dockers_types_are_kept_or_made_ocis() {
         let index = sink.stored(&report.digest).unwrap().index(&Limits::default()).unwrap();
         assert_eq!(index.manifests[0].media_type, want);
         let warned = report.warnings.iter().any(|warning| warning.contains("Docker's media types"));
-        assert_eq!(warned, matches!(options.target, Target::Estargz(_)) && !oci);
+        assert_eq!(warned, matches!(options.target, Target::Lazy(_)) && !oci);
         if matches!(options.target, Target::Keep) && !oci {
             assert_eq!(report.digest, root.digest);
         }
@@ -420,7 +420,7 @@ fn a_layer_that_is_not_what_it_says_is_refused() {
         json(&layer)
     ));
     source.set_root(&old);
-    for target in [Target::Estargz(LayerOptions::default()), Target::Uncompressed] {
+    for target in [Target::Lazy(LayerOptions::default()), Target::Uncompressed] {
         let options = ConvertOptions { target, ..ConvertOptions::default() };
         let error = convert(&source, &Memory::new(), &options).unwrap_err();
         assert!(matches!(error, Error::DiffId { .. }), "{error}");

@@ -35,6 +35,7 @@ pub(super) struct Spooled {
     spool_directory: String,
     records: Vec<Record>,
     sorter: Sorter,
+    is_text: bool,
     diff_id: DiffId,
     size: u64,
 }
@@ -57,6 +58,8 @@ pub(super) struct Plan {
     pub(super) source_size: u64,
     pub(super) missing: Vec<Vec<u8>>,
     pub(super) dangling_links: Vec<Vec<u8>>,
+    /// Whether all names are UTF-8.
+    pub(super) is_text: bool,
 }
 
 /// An entry in the order of the blob; 32 bytes, unlike [`EntryBytes`].
@@ -93,6 +96,19 @@ pub(super) fn spool(
     watch: &Watch,
     directory: &Path,
 ) -> Result<Spooled, Error> {
+    let read = read_through(input, options, watch, |blocks| parse(blocks, options, directory))?;
+    let (parsed, diff_id, size) = read;
+    let Parsed { spool, records, sorter, is_text } = parsed;
+    Ok(Spooled { spool, spool_directory: directory.display().to_string(), records, sorter, is_text, size, diff_id })
+}
+
+/// Has `parse` read the source, decompressed by a thread of its own. Returns the digest and the size of its tar too.
+pub(super) fn read_through<T>(
+    input: impl Read + Send,
+    options: &LayerOptions,
+    watch: &Watch,
+    parse: impl FnOnce(&mut Blocks<'_>) -> Result<T, Error>,
+) -> Result<(T, DiffId, u64), Error> {
     let (full, filled) = mpsc::sync_channel(BLOCKS_AHEAD);
     let (emptied, empty) = mpsc::channel();
     let too_large = AtomicBool::new(false);
@@ -110,21 +126,13 @@ pub(super) fn spool(
             too_large: &too_large,
             watch,
         };
-        let outcome = parse(&mut blocks, options, directory);
+        let outcome = parse(&mut blocks);
         // The tar's reader reports what stopped it as it sees it; the reason is known better here.
         if too_large.load(Ordering::Relaxed) {
             return Err(Error::TooLarge { limit: options.max_uncompressed_bytes });
         }
         watch.check()?;
-        let (spool, records, sorter) = outcome?;
-        Ok(Spooled {
-            spool,
-            spool_directory: directory.display().to_string(),
-            records,
-            sorter,
-            size: blocks.total,
-            diff_id: DiffId(blocks.hasher.finish()),
-        })
+        Ok((outcome?, DiffId(blocks.hasher.finish()), blocks.total))
     })
 }
 
@@ -166,7 +174,7 @@ fn fill(source: &mut impl Read, block: &mut [u8]) -> io::Result<usize> {
 }
 
 /// The decompressed stream, hashed and counted.
-struct Blocks<'a> {
+pub(super) struct Blocks<'a> {
     filled: mpsc::Receiver<io::Result<Vec<u8>>>,
     emptied: mpsc::Sender<Vec<u8>>,
     block: Vec<u8>,
@@ -214,16 +222,22 @@ impl Read for Blocks<'_> {
     }
 }
 
-fn parse(
-    blocks: &mut Blocks<'_>,
-    options: &LayerOptions,
-    directory: &Path,
-) -> Result<(Spool, Vec<Record>, Sorter), Error> {
+/// What the first pass finds.
+struct Parsed {
+    spool: Spool,
+    records: Vec<Record>,
+    sorter: Sorter,
+    /// Whether all names are UTF-8.
+    is_text: bool,
+}
+
+fn parse(blocks: &mut Blocks<'_>, options: &LayerOptions, directory: &Path) -> Result<Parsed, Error> {
     let disk = |source| Error::Spool { directory: directory.display().to_string(), source };
     let limits = &options.limits;
     let mut spool = SpoolWriter::create(directory).map_err(disk)?;
     let mut sorter = Sorter::default();
     let mut records = Vec::new();
+    let mut is_text = true;
     let mut archive = tar::Reader::new(&mut *blocks, limits);
     while let Some(mut entry) = archive.next_entry()? {
         let clean = |path: &[u8]| {
@@ -239,6 +253,7 @@ fn parse(
         if sorter.add(&name, sort, limits.entries)?.is_none() {
             continue;
         }
+        is_text &= [&entry.path, &entry.link].iter().all(|name| std::str::from_utf8(name).is_ok());
         // Holes are filled in: the new entry is an ordinary file.
         entry.sparse = false;
         let header = tar::encode_header(&entry).map_err(loris_format::estargz::writer::Error::from)?;
@@ -257,17 +272,17 @@ fn parse(
     drop(archive);
     // What follows the end of the archive belongs to the layer's digest.
     io::copy(blocks, &mut io::sink()).map_err(Error::Input)?;
-    Ok((spool.finish().map_err(disk)?, records, sorter))
+    Ok(Parsed { spool: spool.finish().map_err(disk)?, records, sorter, is_text })
 }
 
 impl Spooled {
-    /// Finds the order of the blob.
-    pub(super) fn plan(self, options: &LayerOptions) -> Result<Plan, Error> {
+    /// Finds the order of the blob, with a landmark or without.
+    pub(super) fn plan(self, options: &LayerOptions, with_landmark: bool) -> Result<Plan, Error> {
         let mut prioritised = Vec::with_capacity(options.prioritised.len());
         for name in &options.prioritised {
             prioritised.push(path::clean(name, &options.limits).map_err(|source| Error::Path { offset: 0, source })?);
         }
-        let Self { spool, spool_directory, records, sorter, diff_id, size } = self;
+        let Self { spool, spool_directory, records, sorter, is_text, diff_id, size } = self;
         let order = sorter.finish(&prioritised)?;
         if let Some(first) = order.missing.first().filter(|_| !options.allow_missing) {
             let first = String::from_utf8_lossy(first).into_owned();
@@ -279,7 +294,9 @@ impl Spooled {
         for &id in before {
             entries.push(source.planned(id, &order)?);
         }
-        entries.push(landmark_entry(order.landmark)?);
+        if with_landmark {
+            entries.push(landmark_entry(order.landmark)?);
+        }
         for &id in behind {
             entries.push(source.planned(id, &order)?);
         }
@@ -294,6 +311,7 @@ impl Spooled {
             source_size: size,
             missing: order.missing,
             dangling_links,
+            is_text,
         })
     }
 }

@@ -11,12 +11,13 @@ use std::{
 
 use flate2::{Compression, write::GzEncoder};
 use loris_format::{
-    compression::{GzipLevel, gzip_member},
+    compression::gzip_member,
     digest::{DiffId, Digest, Hasher},
     estargz::{
         footer,
         writer::{Member, Members, Piece, Table, toc_header},
     },
+    opening::Promise,
     position::BlobOffset,
     tar,
 };
@@ -25,7 +26,7 @@ use super::{
     ConvertedLayer, Error, LayerOptions, Watch, Workers,
     input::{Plan, PlannedEntry, parse_header},
     spool::{Spool, SpoolWriter},
-    workers::{BATCH_BYTES, Slot, Tools},
+    workers::{BATCH_BYTES, Slot, Strength, Tools},
 };
 
 /// A table of contents up to this size is compressed in memory, as one buffer; a larger one as a stream, which takes
@@ -43,14 +44,14 @@ pub(super) fn write(
 ) -> Result<ConvertedLayer, Error> {
     let entries = plan.entries.len() as u64;
     let mut output = Output {
-        blob: Blob { sink, digest: Hasher::sha256(), size: 0 },
+        blob: Blob::new(sink),
         tar: Tar { digest: Hasher::sha256(), size: 0, watch },
         table: Table::new(options.chunk_bytes, options.limits.entries),
         text: TocText::create(directory, options.limits.toc_bytes)?,
         options,
     };
     let members = Members::new(plan.entries.into_iter().map(PlannedEntry::bytes), options.chunk_bytes);
-    compress_all(members, &plan.spool, options.level, workers, |batch, slot| {
+    compress_all(members, &plan.spool, Strength::Gzip(options.level), workers, |batch, slot| {
         watch.check()?;
         output.take(batch, slot)
     })
@@ -65,6 +66,7 @@ pub(super) fn write(
         blob_size: blob.size,
         diff_id: DiffId(tar.digest.finish()),
         toc_digest,
+        promise: Promise::estargz(Some(toc_digest)),
         uncompressed_size: tar.size,
         entries,
         source_diff_id: plan.source_diff_id,
@@ -75,22 +77,22 @@ pub(super) fn write(
 }
 
 /// Members that are compressed by one worker at once.
-struct Batch {
+pub(super) struct Batch {
     /// The bytes of all members.
     pieces: Vec<Piece>,
-    members: Vec<MemberOfBatch>,
+    pub(super) members: Vec<MemberOfBatch>,
 }
 
-struct MemberOfBatch {
-    length: usize,
+pub(super) struct MemberOfBatch {
+    pub(super) length: usize,
     chunk: usize,
-    headers: Vec<Range<usize>>,
+    pub(super) headers: Vec<Range<usize>>,
     /// Filled in by the worker: the digest of the chunk, and where the compressed member ends in [`Slot::packed`].
-    digest: Option<Digest>,
-    packed_end: usize,
+    pub(super) digest: Option<Digest>,
+    pub(super) packed_end: usize,
 }
 
-enum Failure {
+pub(super) enum Failure {
     Layer(Error),
     Spool(io::Error),
 }
@@ -102,10 +104,10 @@ impl From<Error> for Failure {
 }
 
 /// Keeps all slots busy and hands finished batches to `take`, in order.
-fn compress_all(
+pub(super) fn compress_all(
     members: impl Iterator<Item = Member>,
     spool: &Arc<Spool>,
-    level: GzipLevel,
+    strength: Strength,
     workers: &Workers,
     mut take: impl FnMut(&Batch, &Slot) -> Result<(), Error>,
 ) -> Result<(), Failure> {
@@ -121,7 +123,7 @@ fn compress_all(
             let spool = Arc::clone(spool);
             workers.run(Box::new(move |tools| {
                 // Where nobody waits any more, the layer has failed and the slot is counted as lost.
-                let _ = done.send(compress(batch, slot, &spool, level, tools));
+                let _ = done.send(compress(batch, slot, &spool, strength, tools));
             }));
             under_way.batches.push_back(outcome);
         }
@@ -196,7 +198,7 @@ fn compress(
     mut batch: Batch,
     mut slot: Slot,
     spool: &Spool,
-    level: GzipLevel,
+    strength: Strength,
     tools: &mut Tools,
 ) -> io::Result<(Batch, Slot)> {
     slot.raw.clear();
@@ -213,7 +215,7 @@ fn compress(
         if member.chunk > 0 {
             member.digest = Some(Digest::sha256_of(&raw[..member.chunk]));
         }
-        tools.gzip(level).compress_onto(raw, &mut slot.packed);
+        tools.compress(strength, raw, &mut slot.packed);
         member.packed_end = slot.packed.len();
         begin += member.length;
     }
@@ -301,14 +303,18 @@ impl Tar<'_> {
 }
 
 /// The blob, hashed and counted on its way to the sink.
-struct Blob<W> {
-    sink: W,
-    digest: Hasher,
-    size: u64,
+pub(super) struct Blob<W> {
+    pub(super) sink: W,
+    pub(super) digest: Hasher,
+    pub(super) size: u64,
 }
 
 impl<W: Write> Blob<W> {
-    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+    pub(super) fn new(sink: W) -> Self {
+        Self { sink, digest: Hasher::sha256(), size: 0 }
+    }
+
+    pub(super) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
         self.digest.update(bytes);
         self.size += bytes.len() as u64;
         self.sink.write_all(bytes).map_err(Error::Output)
@@ -316,7 +322,7 @@ impl<W: Write> Blob<W> {
 }
 
 /// The text of the table of contents, as it grows.
-struct TocText<'a> {
+pub(super) struct TocText<'a> {
     spool: SpoolWriter,
     digest: Hasher,
     directory: &'a Path,
@@ -324,17 +330,32 @@ struct TocText<'a> {
 }
 
 impl<'a> TocText<'a> {
-    fn create(directory: &'a Path, limit: u64) -> Result<Self, Error> {
+    pub(super) fn create(directory: &'a Path, limit: u64) -> Result<Self, Error> {
         let spool = SpoolWriter::create(directory)
             .map_err(|source| Error::Spool { directory: directory.display().to_string(), source })?;
         Ok(Self { spool, digest: Hasher::sha256(), directory, limit })
     }
 
-    fn append(&mut self, text: &[u8]) -> Result<(), Error> {
+    pub(super) fn append(&mut self, text: &[u8]) -> Result<(), Error> {
         self.digest.update(text);
         self.spool
             .append(text)
             .map_err(|source| Error::Spool { directory: self.directory.display().to_string(), source })?;
         if self.spool.length() > self.limit { Err(Error::TocTooLarge { limit: self.limit }) } else { Ok(()) }
+    }
+    /// Returns how many bytes there are.
+    pub(super) fn length(&self) -> u64 {
+        self.spool.length()
+    }
+
+    /// Returns the digest of all text so far.
+    pub(super) fn digest(&self) -> Digest {
+        self.digest.clone().finish()
+    }
+
+    /// Ends the text, to be read.
+    pub(super) fn finish(self) -> Result<Spool, Error> {
+        let directory = self.directory;
+        self.spool.finish().map_err(|source| Error::Spool { directory: directory.display().to_string(), source })
     }
 }

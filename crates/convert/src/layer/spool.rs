@@ -107,6 +107,28 @@ impl Spool {
     }
 }
 
+/// A spool read from its beginning.
+pub(super) struct SpoolReader<'a> {
+    spool: &'a Spool,
+    at: u64,
+    length: u64,
+}
+
+impl<'a> SpoolReader<'a> {
+    pub(super) fn new(spool: &'a Spool, length: u64) -> Self {
+        Self { spool, at: 0, length }
+    }
+}
+
+impl Read for SpoolReader<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let most = usize::try_from(self.length - self.at).unwrap_or(buffer.len()).min(buffer.len());
+        let read = self.spool.file.read_at(&mut buffer[..most], self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,11 +4,9 @@ use std::{
 };
 
 use loris_format::{
-    estargz::{
-        footer::{self, Footer},
-        open::{Opening, Step, Trust},
-    },
+    estargz::footer::{self, Footer},
     index::{LayerIndex, NodeKind},
+    opening::{Opening, Promise, Step, Trust},
     position::BlobRange,
     tar::{Entry, EntryKind},
 };
@@ -62,7 +60,7 @@ fn open(blob: &[u8], layer: &ConvertedLayer) -> LayerIndex {
     let read = |range: BlobRange| &blob[range.start.0 as usize..range.end().0 as usize];
     let size = blob.len() as u64;
     let (mut opening, mut range) =
-        Opening::new(size, Some(layer.toc_digest), Trust::Required, &Limits::default()).unwrap();
+        Opening::new(size, Promise::estargz(Some(layer.toc_digest)), Trust::Required, &Limits::default()).unwrap();
     loop {
         match opening.supply(read(range)).unwrap() {
             Step::Read(next, next_range) => (opening, range) = (next, next_range),
@@ -116,8 +114,8 @@ fn what_is_reported_is_what_was_written() {
     assert_eq!(
         layer.annotations(),
         [
-            ("containerd.io/snapshot/stargz/toc.digest", layer.toc_digest.to_string()),
-            ("io.containers.estargz.uncompressed-size", text.len().to_string()),
+            ("containerd.io/snapshot/stargz/toc.digest".to_owned(), layer.toc_digest.to_string()),
+            ("io.containers.estargz.uncompressed-size".to_owned(), text.len().to_string()),
         ]
     );
     let index = open(&blob, &layer);

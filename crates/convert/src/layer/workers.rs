@@ -11,7 +11,7 @@ use std::{
     thread,
 };
 
-use loris_format::compression::{GzipCompressor, GzipLevel};
+use loris_format::compression::{GzipCompressor, GzipLevel, ZstdCompressor};
 
 /// Bytes of headers and small files that stand in a batch beside one chunk.
 pub(super) const BATCH_BYTES: u64 = 1 << 20;
@@ -33,11 +33,33 @@ pub(super) struct Slot {
 #[derive(Default)]
 pub(super) struct Tools {
     gzip: Option<(GzipLevel, GzipCompressor)>,
+    zstd: Option<(i32, ZstdCompressor)>,
+}
+
+/// How content is compressed.
+#[derive(Clone, Copy)]
+pub(super) enum Strength {
+    Gzip(GzipLevel),
+    Zstd(i32),
 }
 
 impl Tools {
+    /// Puts `raw` at the end of `packed`, as a member or frame.
+    pub(super) fn compress(&mut self, strength: Strength, raw: &[u8], packed: &mut Vec<u8>) {
+        match strength {
+            Strength::Gzip(level) => {
+                self.gzip(level).compress_onto(raw, packed);
+            }
+            Strength::Zstd(level) => {
+                let known = self.zstd.take().filter(|(known, _)| *known == level);
+                let (_, compressor) = self.zstd.insert(known.unwrap_or_else(|| (level, ZstdCompressor::new(level))));
+                packed.extend(compressor.compress(raw));
+            }
+        }
+    }
+
     /// Returns a compressor of the level. Making one costs as much as compressing a small file.
-    pub(super) fn gzip(&mut self, level: GzipLevel) -> &mut GzipCompressor {
+    fn gzip(&mut self, level: GzipLevel) -> &mut GzipCompressor {
         let known = self.gzip.take().filter(|(known, _)| *known == level);
         &mut self.gzip.insert(known.unwrap_or_else(|| (level, GzipCompressor::new(level)))).1
     }

@@ -9,7 +9,7 @@ use loris_format::{
     compression,
     digest::{DiffId, Digest, Hasher},
     estargz::{
-        footer::FOOTER_BYTES,
+        footer::{FOOTER_BYTES, Kind, SKIPPABLE_HEAD_BYTES},
         toc::{
             Entry, EntryType, LANDMARK_CONTENT, NO_PREFETCH_LANDMARK, PREFETCH_LANDMARK, TOC_NAME,
             UNCOMPRESSED_SIZE_ANNOTATION, is_same_time,
@@ -21,7 +21,7 @@ use loris_format::{
 
 use super::{
     Findings,
-    members::{Begins, Members},
+    members::{Begins, Frames, Members, TarStream},
     table::Entries,
 };
 use crate::layer::{Error, Watch};
@@ -32,15 +32,16 @@ pub(super) struct Claims {
     pub(super) blob_bytes: u64,
     /// The text of the annotation.
     pub(super) uncompressed_bytes: Option<String>,
-    /// `None` where the layer is not eStargz.
+    /// `None` where the layer is of no lazy format.
     pub(super) table: Option<TableOfContents>,
     pub(super) limits: Limits,
 }
 
-/// A table of contents as the footer led to it.
+/// A table of contents as footer or annotations led to it.
 pub(super) struct TableOfContents {
     pub(super) json: Vec<u8>,
-    /// Where its member begins in the blob.
+    pub(super) kind: Kind,
+    /// Where its member or frame begins in the blob.
     pub(super) offset: u64,
     pub(super) digest: Digest,
 }
@@ -48,7 +49,14 @@ pub(super) struct TableOfContents {
 /// Reads a layer and compares.
 pub(super) fn check(input: impl Read, claims: &Claims, watch: &Watch, findings: &mut Findings) -> Result<(), Error> {
     let (bytes, digest) = match &claims.table {
-        Some(table) => check_estargz(input, claims, table, watch, findings)?,
+        Some(table) => {
+            let begins = Begins::default();
+            if table.kind.is_zstd() {
+                check_lazy(Frames::new(input, &begins), &begins, claims, table, watch, findings)?
+            } else {
+                check_lazy(Members::new(input, &begins), &begins, claims, table, watch, findings)?
+            }
+        }
         None => check_plain(input, claims, watch)?,
     };
     // A DiffID of another algorithm can't be compared; the blob's own digest was checked by the source.
@@ -58,9 +66,11 @@ pub(super) fn check(input: impl Read, claims: &Claims, watch: &Watch, findings: 
     match &claims.uncompressed_bytes {
         Some(text) if text.parse() != Ok(bytes) => findings
             .error(format!("annotation {UNCOMPRESSED_SIZE_ANNOTATION} says {text:?}, but the tar has {bytes} bytes")),
-        None if claims.table.is_some() => findings.warning(format!(
-            "annotation {UNCOMPRESSED_SIZE_ANNOTATION} is missing: Podman can't use the layer lazily"
-        )),
+        // For zstd:chunked, Podman goes by the tar-split.
+        None if claims.table.as_ref().is_some_and(|table| table.kind != Kind::ZstdChunkedContainers) => findings
+            .warning(format!(
+                "annotation {UNCOMPRESSED_SIZE_ANNOTATION} is missing: Podman can't use the layer lazily"
+            )),
         _ => {}
     }
     Ok(())
@@ -94,19 +104,18 @@ impl<R: Read> Read for Hashed<R> {
     }
 }
 
-fn check_estargz(
-    input: impl Read,
+fn check_lazy(
+    mut stream: impl TarStream,
+    begins: &Begins,
     claims: &Claims,
     table: &TableOfContents,
     watch: &Watch,
     findings: &mut Findings,
 ) -> Result<(u64, Digest), Error> {
-    let begins = Begins::default();
-    let mut members = Members::new(input, &begins);
     thread::scope(|scope| {
         let entries = Entries::read(scope, &table.json, &claims.limits);
-        let archive = tar::Reader::new(&mut members, &claims.limits);
-        Comparison { archive, entries, begins: &begins, table, findings, limits: &claims.limits, landmarks: Vec::new() }
+        let archive = tar::Reader::new(&mut stream, &claims.limits);
+        Comparison { archive, entries, begins, table, findings, limits: &claims.limits, landmarks: Vec::new() }
             .run(watch)
     })?;
     // Zeros behind the end of the archive are nothing; anything else is there to be seen by some and not by others.
@@ -114,7 +123,7 @@ fn check_estargz(
     let mut told = false;
     loop {
         watch.check()?;
-        let read = members.read(&mut rest).map_err(Error::Input)?;
+        let read = stream.read(&mut rest).map_err(Error::Input)?;
         if read == 0 {
             break;
         }
@@ -123,11 +132,17 @@ fn check_estargz(
             told = true;
         }
     }
+    if table.kind.is_zstd() {
+        if !begins.has_frame(table.offset.saturating_sub(SKIPPABLE_HEAD_BYTES as u64)) {
+            findings.error(format!("no frame begins at the table of contents, {}", table.offset));
+        }
+        return Ok(stream.finish());
+    }
     let footer = claims.blob_bytes.saturating_sub(FOOTER_BYTES as u64);
     if begins.last().map(|begin| begin.blob) != Some(footer) {
         findings.error(format!("no gzip member begins at the footer, {footer}"));
     }
-    Ok(members.finish())
+    Ok(stream.finish())
 }
 
 /// The tar against the table of contents.
@@ -155,7 +170,7 @@ impl<R: Read> Comparison<'_, '_, R> {
                 self.findings.entry(&entry, "it stands behind the table of contents, where no lazy reader sees it");
                 continue;
             }
-            if name == TOC_NAME.as_bytes() {
+            if name == TOC_NAME.as_bytes() && !self.table.kind.is_zstd() {
                 has_table = true;
                 self.own_entry(&entry)?;
                 continue;
@@ -190,7 +205,7 @@ impl<R: Read> Comparison<'_, '_, R> {
         if let Some(error) = self.entries.failure() {
             self.findings.error(error.to_string());
         }
-        if !has_table {
+        if !has_table && !self.table.kind.is_zstd() {
             self.findings.error(format!("the tar has no entry {TOC_NAME}"));
         }
         if self.landmarks.len() > 1 {
@@ -295,6 +310,8 @@ impl<R: Read> Comparison<'_, '_, R> {
                     entry,
                     format!("chunk at {done} has the digest {found}, the table of contents says {expected}"),
                 ),
+                // The digest of the file is that of its one chunk.
+                None if length == entry.size && digest.is_some() => {}
                 None => self.findings.entry(entry, format!("chunk at {done} has no digest")),
             }
             let place = entry.content_offset.and_then(|begin| begin.checked_add(done));

@@ -1,4 +1,4 @@
-//! A blob read member by member, so that it is known where each begins.
+//! A blob read member by member, or frame by frame, so that it is known where each begins.
 
 use std::{
     cell::RefCell,
@@ -7,7 +7,10 @@ use std::{
 };
 
 use flate2::bufread::GzDecoder;
-use loris_format::digest::Hasher;
+use loris_format::{
+    compression::{Compression, Decoder},
+    digest::{Digest, Hasher},
+};
 
 /// Most beginnings that are remembered: members without content need 20 bytes each, and a blob may be full of them.
 const MOST_REMEMBERED: usize = 1 << 20;
@@ -38,6 +41,11 @@ impl Begins {
         self.0.borrow().back().copied()
     }
 
+    /// Says whether a frame begins at `blob`, whatever is in it.
+    pub(super) fn has_frame(&self, blob: u64) -> bool {
+        self.0.borrow().binary_search_by_key(&blob, |begin| begin.blob).is_ok()
+    }
+
     /// Forgets members that end at or before the byte `tar` of the archive.
     pub(super) fn forget_before(&self, tar: u64) {
         let mut begins = self.0.borrow_mut();
@@ -53,6 +61,46 @@ impl Begins {
         }
         begins.push_back(begin);
         Ok(())
+    }
+}
+
+/// The decompressed stream of a blob.
+pub(super) trait TarStream: Read {
+    /// Returns the size and digest of everything that was read.
+    fn finish(self) -> (u64, Digest);
+}
+
+/// The decompressed stream of a blob of zstd frames.
+pub(super) struct Frames<'a, R> {
+    decoder: Decoder<R>,
+    begins: &'a Begins,
+    position: u64,
+    hasher: Hasher,
+}
+
+impl<'a, R: Read> Frames<'a, R> {
+    pub(super) fn new(blob: R, begins: &'a Begins) -> Self {
+        let decoder = Decoder::with_compression(blob, Compression::Zstd).noting_begins();
+        Self { decoder, begins, position: 0, hasher: Hasher::sha256() }
+    }
+}
+
+impl<R: Read> Read for Frames<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.decoder.read(buffer);
+        for (blob, tar) in self.decoder.take_begins() {
+            self.begins.push(Begin { blob, tar })?;
+        }
+        let read = read?;
+        self.position += read as u64;
+        self.hasher.update(&buffer[..read]);
+        Ok(read)
+    }
+}
+
+impl<R: Read> TarStream for Frames<'_, R> {
+    fn finish(self) -> (u64, Digest) {
+        (self.position, self.hasher.finish())
     }
 }
 
@@ -76,9 +124,10 @@ impl<'a, R: Read> Members<'a, R> {
         let blob = Counted { inner: BufReader::with_capacity(256 << 10, blob), position: 0 };
         Self { member: Some(Member::Between(blob)), begins, position: 0, hasher: Hasher::sha256() }
     }
+}
 
-    /// Returns the size and digest of everything that was read.
-    pub(super) fn finish(self) -> (u64, loris_format::digest::Digest) {
+impl<R: Read> TarStream for Members<'_, R> {
+    fn finish(self) -> (u64, Digest) {
         (self.position, self.hasher.finish())
     }
 }

@@ -27,14 +27,14 @@ fn convert(tar: &[u8], chunk_bytes: u64) -> (ConvertedLayer, Vec<u8>) {
 struct Claimed {
     blob: Vec<u8>,
     diff_id: Digest,
-    annotations: Vec<(&'static str, String)>,
+    annotations: Vec<(String, String)>,
     media_type: &'static str,
 }
 
 impl Claimed {
     fn converted(tar: &[u8], chunk_bytes: u64) -> Self {
         let (layer, blob) = convert(tar, chunk_bytes);
-        let annotations = layer.annotations().to_vec();
+        let annotations = layer.annotations();
         Self { blob, diff_id: layer.diff_id.0, annotations, media_type: media_type::OCI_LAYER_GZIP }
     }
 
@@ -42,7 +42,7 @@ impl Claimed {
     fn with_blob(self, blob: Vec<u8>) -> Self {
         let mut text = Vec::new();
         let (diff_id, size) = crate::layer::decompress_layer(&*blob, &Watch::default(), &mut text).unwrap();
-        let size = (UNCOMPRESSED_SIZE_ANNOTATION, size.to_string());
+        let size = (UNCOMPRESSED_SIZE_ANNOTATION.to_owned(), size.to_string());
         let annotations = self.annotations.into_iter().filter(|(key, _)| *key != size.0).chain([size.clone()]);
         Self { blob, diff_id, annotations: annotations.collect(), ..self }
     }
@@ -50,7 +50,7 @@ impl Claimed {
     fn source(&self) -> (Memory, Digest) {
         let source = Memory::new();
         let mut layer = source.add_blob(self.media_type, self.blob.clone());
-        layer.annotations.extend(self.annotations.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        layer.annotations.extend(self.annotations.iter().map(|(key, value)| (key.clone(), value.clone())));
         let config = format!(
             r#"{{"architecture":"amd64","os":"linux","rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#,
             self.diff_id
@@ -103,7 +103,7 @@ fn everything() -> Archive {
 fn splice(content: &[u8], table: &[u8]) -> Vec<u8> {
     let offset = |blob: &[u8]| match footer::read(blob, blob.len() as u64).unwrap() {
         Footer::Toc { offset, .. } => offset.0 as usize,
-        Footer::Other(_) => panic!("no table of contents"),
+        Footer::Zstd { .. } | Footer::External => panic!("no table of contents"),
     };
     let (end, begin) = (offset(content), offset(table));
     let table = &table[begin..table.len() - footer::FOOTER_BYTES];
@@ -167,7 +167,7 @@ fn assert_found(name: &str, tar: &[u8], other: &[u8], want: &str) {
     let (_, content) = convert(tar, 100);
     let (layer, table) = convert(other, 100);
     let claimed = Claimed::converted(tar, 100);
-    let spliced = Claimed { annotations: layer.annotations().to_vec(), ..claimed }.with_blob(splice(&content, &table));
+    let spliced = Claimed { annotations: layer.annotations(), ..claimed }.with_blob(splice(&content, &table));
     let findings = spliced.findings();
     assert!(
         findings.iter().any(|finding| finding.starts_with("Error") && finding.contains(want)),
@@ -183,7 +183,7 @@ fn claims_are_checked() {
         let mut layer = good();
         let toc = toc.map(|toc| (TOC_DIGEST_ANNOTATION, toc));
         let size = size.map(|size| (UNCOMPRESSED_SIZE_ANNOTATION, size.to_owned()));
-        layer.annotations = toc.into_iter().chain(size).collect();
+        layer.annotations = toc.into_iter().chain(size).map(|(key, value)| (key.to_owned(), value)).collect();
         layer
     };
     let right = good().annotations;

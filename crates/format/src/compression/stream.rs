@@ -48,12 +48,27 @@ impl<R: Read> Decoder<R> {
             Compression::Gzip => State::Gzip(Gzip { inflate: gzip::Inflate::new(), in_member: false, members: 0 }),
             Compression::Zstd => State::Zstd(Zstd { context: zstd::decoder(), in_frame: false }),
         };
-        Self { inner: BufReader::with_capacity(OUTPUT_BYTES, Raw { input, state, compression }) }
+        Self {
+            inner: BufReader::with_capacity(OUTPUT_BYTES, Raw { input, state, compression, begins: None, decoded: 0 }),
+        }
     }
 
     /// Returns the compression, as detected or as said.
     pub fn compression(&self) -> Compression {
         self.inner.get_ref().compression
+    }
+
+    /// Takes note from now on of where zstd frames begin, see [`Decoder::take_begins`].
+    #[must_use]
+    pub fn noting_begins(mut self) -> Self {
+        self.inner.get_mut().begins = Some(Vec::new());
+        self
+    }
+
+    /// Returns where zstd frames have begun since the last call: compressed and decoded bytes before each. What is decoded is
+    /// ahead of what was read.
+    pub fn take_begins(&mut self) -> Vec<(u64, u64)> {
+        self.inner.get_mut().begins.as_mut().map(std::mem::take).unwrap_or_default()
     }
 
     /// Returns how many compressed bytes have been decoded. What was decoded may still wait to be read.
@@ -89,6 +104,8 @@ struct Raw<R> {
     input: Input<R>,
     state: State,
     compression: Compression,
+    begins: Option<Vec<(u64, u64)>>,
+    decoded: u64,
 }
 
 enum State {
@@ -126,9 +143,14 @@ impl<R: Read> Read for Raw<R> {
         let read = match &mut self.state {
             State::Stored => self.input.take(buffer),
             State::Gzip(gzip) => gzip.read(&mut self.input, buffer),
-            State::Zstd(zstd) => zstd.read(&mut self.input, buffer),
-        };
-        Ok(read?)
+            State::Zstd(zstd) => {
+                let decoded = self.decoded;
+                let mut note = |at| self.begins.iter_mut().for_each(|begins| begins.push((at, decoded)));
+                zstd.read(&mut self.input, buffer, &mut note)
+            }
+        }?;
+        self.decoded += read as u64;
+        Ok(read)
     }
 }
 
@@ -185,7 +207,13 @@ impl Gzip {
 }
 
 impl Zstd {
-    fn read<R: Read>(&mut self, input: &mut Input<R>, buffer: &mut [u8]) -> Result<usize, Error> {
+    /// Tells `begins` where a frame begins.
+    fn read<R: Read>(
+        &mut self,
+        input: &mut Input<R>,
+        buffer: &mut [u8],
+        begins: &mut impl FnMut(u64),
+    ) -> Result<usize, Error> {
         let mut started = input.position > 0;
         loop {
             if !self.in_frame {
@@ -207,6 +235,7 @@ impl Zstd {
                     });
                 }
                 started = true;
+                begins(input.position);
             }
             let mut source = InBuffer::around(input.bytes());
             let mut target = OutBuffer::around(&mut *buffer);

@@ -10,11 +10,22 @@
 //! | external table of contents | 46 | `S` `G`, length 17, `STARGZEXTERNALTOC` |
 //!
 //! Around the extra field stand a gzip header of 10 bytes, its length (2), an empty stored block (5), and checksum and
-//! size, which are 0 (8). The two dialects of zstd:chunked have a skippable frame there, which is recognised only.
+//! size, which are 0 (8).
+//!
+//! The two dialects of zstd:chunked have a skippable frame there, of little-endian numbers of 64 bits and a word of 8 bytes:
+//! offset, compressed and uncompressed size of the table of contents, 1, and for the second dialect offset, compressed and
+//! uncompressed size of the `tar-split`.
+//!
+//! | kind | bytes | word |
+//! |---|---|---|
+//! | stargz-snapshotter; containers/storage until 2023 | 8 + 40 | `GnUlInUx` |
+//! | containers/storage | 8 + 64 | `GNUlInUx` |
+//!
+//! A blob may end in both, the first one last: either reader finds its own.
 //!
 //! No digest covers a footer: it says where to look, the digest of what is found there decides.
 
-use crate::position::BlobOffset;
+use crate::position::{BlobOffset, BlobRange, Packed};
 
 /// Size of an eStargz footer, in bytes.
 pub const FOOTER_BYTES: usize = 51;
@@ -26,7 +37,7 @@ pub const LEGACY_FOOTER_BYTES: usize = 47;
 pub const EXTERNAL_TOC_FOOTER_BYTES: usize = 46;
 
 /// As many bytes of a blob's end as [`detect`] looks at, at most.
-pub const DETECT_BYTES: usize = SKIPPABLE_HEAD_BYTES + ZSTD_CONTAINERS_BYTES;
+pub const DETECT_BYTES: usize = 2 * SKIPPABLE_HEAD_BYTES + ZSTD_STARGZ_BYTES + ZSTD_CONTAINERS_BYTES;
 
 /// Magic, method deflate, and the flag for an extra field. Behind them stand a time and two bytes about compressor and
 /// system, which mean nothing to a reader.
@@ -42,8 +53,10 @@ const EXTERNAL_MAGIC: &[u8] = b"STARGZEXTERNALTOC";
 const DIGITS: usize = 16;
 
 /// A zstd skippable frame (RFC 8878, section 3.1.2) with the magic number that both dialects use, and its length.
-const SKIPPABLE_HEAD_BYTES: usize = 8;
+pub const SKIPPABLE_HEAD_BYTES: usize = 8;
 const SKIPPABLE_MAGIC: &[u8] = &[0x50, 0x2a, 0x4d, 0x18];
+/// The one form of a table of contents that there is.
+const ZSTD_FORM: u64 = 1;
 const ZSTD_STARGZ_BYTES: usize = 40;
 const ZSTD_STARGZ_MAGIC: &[u8] = b"GnUlInUx";
 const ZSTD_CONTAINERS_BYTES: usize = 64;
@@ -65,6 +78,12 @@ pub enum Kind {
 }
 
 impl Kind {
+    /// Says whether the blob is made of zstd frames.
+    #[must_use]
+    pub fn is_zstd(self) -> bool {
+        matches!(self, Self::ZstdChunkedStargz | Self::ZstdChunkedContainers)
+    }
+
     /// Returns the name for people.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -90,8 +109,17 @@ pub enum Footer {
         /// Size of the footer, in bytes. The table of contents ends before it.
         footer_bytes: usize,
     },
-    /// The table of contents is not in the blob, or is in a form that is read elsewhere.
-    Other(Kind),
+    /// The table of contents is a zstd frame within a skippable frame.
+    Zstd {
+        /// [`Kind::ZstdChunkedStargz`] or [`Kind::ZstdChunkedContainers`].
+        kind: Kind,
+        /// The table of contents, without the head of the skippable frame. Content ends before that.
+        toc: Packed,
+        /// The other bytes of the tar, as `tar-split` keeps them.
+        tar_split: Option<Packed>,
+    },
+    /// The table of contents is in another image.
+    External,
 }
 
 /// A blob's end that is a footer by its form but lies, or none at all.
@@ -109,6 +137,29 @@ pub enum FooterError {
         /// Where the table of contents should start.
         offset: BlobOffset,
     },
+    /// A part of a zstd:chunked blob that is not in it.
+    #[error(
+        "footer at {footer} of the blob says that {length} bytes of the table of contents or of the tar stand at {offset}, \
+         which is not before it"
+    )]
+    Outside {
+        /// What the footer says that the blob is.
+        kind: Kind,
+        /// Where the footer starts.
+        footer: BlobOffset,
+        /// Where the part should start.
+        offset: BlobOffset,
+        /// And its length.
+        length: u64,
+    },
+    /// A form of table of contents that nobody knows.
+    #[error("footer at {footer} of the blob says that the table of contents is of form {form}; only 1 is known")]
+    Form {
+        /// Where the footer starts.
+        footer: BlobOffset,
+        /// The number.
+        form: u64,
+    },
     /// An offset that is not written as 16 hexadecimal digits.
     #[error("footer at {footer} of the blob has an offset that is no hexadecimal number: \"{digits}\"")]
     OffsetMalformed {
@@ -117,6 +168,39 @@ pub enum FooterError {
         /// What stands there, escaped.
         digits: String,
     },
+}
+
+/// Writes the footer of zstd:chunked as stargz-snapshotter reads it, skippable frame and all.
+#[must_use]
+pub fn write_zstd_stargz(toc: Packed) -> Vec<u8> {
+    let numbers = [toc.range.start.0, toc.range.length, toc.uncompressed, ZSTD_FORM];
+    zstd_frame(&numbers, ZSTD_STARGZ_MAGIC)
+}
+
+/// Writes the footer of zstd:chunked as containers/storage writes it, skippable frame and all.
+#[must_use]
+pub fn write_zstd_containers(toc: Packed, tar_split: Packed) -> Vec<u8> {
+    let Packed { range, uncompressed } = tar_split;
+    let (offset, length) = (range.start.0, range.length);
+    let numbers = [toc.range.start.0, toc.range.length, toc.uncompressed, ZSTD_FORM, offset, length, uncompressed];
+    zstd_frame(&numbers, ZSTD_CONTAINERS_MAGIC)
+}
+
+fn zstd_frame(numbers: &[u64], magic: &[u8]) -> Vec<u8> {
+    let content: Vec<u8> =
+        numbers.iter().flat_map(|number| number.to_le_bytes()).chain(magic.iter().copied()).collect();
+    // A footer is 64 bytes, at most.
+    let head = skippable_head(u32::try_from(content.len()).unwrap_or(u32::MAX));
+    [&head, content.as_slice()].concat()
+}
+
+/// Writes the 46 bytes of the footer of a blob whose table of contents is elsewhere.
+#[must_use]
+pub fn write_external() -> [u8; EXTERNAL_TOC_FOOTER_BYTES] {
+    let mut extra = SUBFIELD.to_vec();
+    extra.extend_from_slice(&[17, 0]);
+    extra.extend_from_slice(EXTERNAL_MAGIC);
+    gzip_member(&extra)
 }
 
 /// Writes the 51 bytes of an eStargz footer.
@@ -166,15 +250,17 @@ pub fn read(tail: &[u8], blob_size: u64) -> Result<Footer, FooterError> {
     if let Some(extra) = gzip_extra(tail, EXTERNAL_TOC_FOOTER_BYTES)
         && subfield(extra) == Some(EXTERNAL_MAGIC)
     {
-        return Ok(Footer::Other(Kind::ExternalToc));
+        return Ok(Footer::External);
     }
-    for (kind, bytes, magic) in [
-        (Kind::ZstdChunkedStargz, ZSTD_STARGZ_BYTES, ZSTD_STARGZ_MAGIC),
-        (Kind::ZstdChunkedContainers, ZSTD_CONTAINERS_BYTES, ZSTD_CONTAINERS_MAGIC),
-    ] {
-        if is_zstd_footer(tail, bytes, magic) {
-            return Ok(Footer::Other(kind));
-        }
+    if let Some(numbers) = zstd_footer(tail, ZSTD_STARGZ_BYTES, ZSTD_STARGZ_MAGIC) {
+        let before = &tail[..tail.len() - SKIPPABLE_HEAD_BYTES - ZSTD_STARGZ_BYTES];
+        let both = zstd_footer(before, ZSTD_CONTAINERS_BYTES, ZSTD_CONTAINERS_MAGIC);
+        let tar_split = both.filter(|other| other[..4] == numbers[..]).map(|other| [other[4], other[5], other[6]]);
+        return zstd(Kind::ZstdChunkedStargz, &numbers, tar_split, ZSTD_STARGZ_BYTES, blob_size);
+    }
+    if let Some(numbers) = zstd_footer(tail, ZSTD_CONTAINERS_BYTES, ZSTD_CONTAINERS_MAGIC) {
+        let tar_split = Some([numbers[4], numbers[5], numbers[6]]);
+        return zstd(Kind::ZstdChunkedContainers, &numbers, tar_split, ZSTD_CONTAINERS_BYTES, blob_size);
     }
     Err(FooterError::NoFooter)
 }
@@ -184,8 +270,14 @@ pub fn read(tail: &[u8], blob_size: u64) -> Result<Footer, FooterError> {
 #[must_use]
 pub fn detect(tail: &[u8], blob_size: u64) -> Option<Kind> {
     match read(tail, blob_size) {
-        Ok(Footer::Toc { kind, .. } | Footer::Other(kind)) => Some(kind),
+        Ok(Footer::Toc { kind, .. } | Footer::Zstd { kind, .. }) => Some(kind),
+        Ok(Footer::External) => Some(Kind::ExternalToc),
         Err(FooterError::NoFooter) => None,
+        Err(FooterError::Outside { kind, .. }) => Some(kind),
+        Err(FooterError::Form { .. }) if zstd_footer(tail, ZSTD_STARGZ_BYTES, ZSTD_STARGZ_MAGIC).is_some() => {
+            Some(Kind::ZstdChunkedStargz)
+        }
+        Err(FooterError::Form { .. }) => Some(Kind::ZstdChunkedContainers),
         // Only these two have an offset that can be wrong; the longer one was tried first.
         Err(_) if gzip_extra(tail, FOOTER_BYTES).is_some() => Some(Kind::Estargz),
         Err(_) => Some(Kind::LegacyStargz),
@@ -224,14 +316,55 @@ fn with_offset(kind: Kind, digits: &[u8], footer_bytes: usize, blob_size: u64) -
     Ok(Footer::Toc { kind, offset, footer_bytes })
 }
 
-fn is_zstd_footer(tail: &[u8], bytes: usize, magic: &[u8]) -> bool {
-    let frame = tail.len().checked_sub(SKIPPABLE_HEAD_BYTES + bytes).map(|start| &tail[start..]);
-    frame.is_some_and(|frame| {
-        let length = u32::try_from(bytes).unwrap_or(u32::MAX).to_le_bytes();
-        frame.starts_with(SKIPPABLE_MAGIC)
-            && frame[SKIPPABLE_MAGIC.len()..].starts_with(&length)
-            && frame.ends_with(magic)
-    })
+/// Returns the numbers of the zstd:chunked footer of `bytes` bytes that `tail` ends in.
+fn zstd_footer(tail: &[u8], bytes: usize, magic: &[u8]) -> Option<Vec<u64>> {
+    let frame = &tail[tail.len().checked_sub(SKIPPABLE_HEAD_BYTES + bytes)?..];
+    let numbers = skippable(frame, u32::try_from(bytes).ok()?)?.strip_suffix(magic)?;
+    Some(numbers.as_chunks().0.iter().map(|number| u64::from_le_bytes(*number)).collect())
+}
+
+/// Returns what stands in the skippable frame that `bytes` begin with, if it is as long as `length` says.
+#[must_use]
+pub fn skippable(bytes: &[u8], length: u32) -> Option<&[u8]> {
+    bytes.strip_prefix(SKIPPABLE_MAGIC)?.strip_prefix(&length.to_le_bytes())
+}
+
+/// Returns the head of a skippable frame with `length` bytes in it.
+#[must_use]
+pub fn skippable_head(length: u32) -> [u8; SKIPPABLE_HEAD_BYTES] {
+    let mut head = [0; SKIPPABLE_HEAD_BYTES];
+    let (magic, size) = head.split_at_mut(SKIPPABLE_MAGIC.len());
+    magic.copy_from_slice(SKIPPABLE_MAGIC);
+    size.copy_from_slice(&length.to_le_bytes());
+    head
+}
+
+fn zstd(
+    kind: Kind,
+    numbers: &[u64],
+    tar_split: Option<[u64; 3]>,
+    footer_bytes: usize,
+    blob_size: u64,
+) -> Result<Footer, FooterError> {
+    let footer = BlobOffset(blob_size.saturating_sub((SKIPPABLE_HEAD_BYTES + footer_bytes) as u64));
+    let [offset, length, uncompressed, form, ..] = *numbers else { return Err(FooterError::NoFooter) };
+    if form != ZSTD_FORM {
+        return Err(FooterError::Form { footer, form });
+    }
+    let packed = |[offset, length, uncompressed]: [u64; 3]| {
+        let offset = BlobOffset(offset);
+        let outside = FooterError::Outside { kind, footer, offset, length };
+        let is_inside =
+            offset.0 >= SKIPPABLE_HEAD_BYTES as u64 && offset.checked_add(length).is_some_and(|end| end <= footer);
+        if !is_inside || length == 0 {
+            return Err(outside);
+        }
+        Ok(Packed { range: BlobRange { start: offset, length }, uncompressed })
+    };
+    let toc = packed([offset, length, uncompressed])?;
+    // A footer of 64 bytes without one has zeros there.
+    let tar_split = tar_split.filter(|numbers| numbers[0] != 0).map(packed).transpose()?;
+    Ok(Footer::Zstd { kind, toc, tar_split })
 }
 
 #[cfg(test)]
@@ -270,32 +403,65 @@ mod tests {
         }
     }
 
+    fn packed(start: u64, length: u64, uncompressed: u64) -> Packed {
+        Packed { range: BlobRange { start: BlobOffset(start), length }, uncompressed }
+    }
+
     #[test]
-    fn other_kinds_are_recognised() {
+    fn an_external_table_is_recognised() {
         let external = reference(b"SG\x11\0STARGZEXTERNALTOC");
-        assert_eq!(external.len(), EXTERNAL_TOC_FOOTER_BYTES);
+        assert_eq!(external, write_external());
+        let padded = [vec![0; 30], external.clone()].concat();
+        for tail in [&external, &padded] {
+            assert_eq!(read(tail, 1000), Ok(Footer::External));
+            assert_eq!(detect(tail, 1000), Some(Kind::ExternalToc));
+        }
+        assert_eq!(read(&external[1..], 1000), Err(FooterError::NoFooter));
+    }
+
+    #[test]
+    fn zstd_footers_are_read_and_written() {
         let mut stargz = b"\x50\x2a\x4d\x18\x28\0\0\0".to_vec();
         for number in [100_u64, 20, 200, 1] {
             stargz.extend_from_slice(&number.to_le_bytes());
         }
         stargz.extend_from_slice(&[0x47, 0x6e, 0x55, 0x6c, 0x49, 0x6e, 0x55, 0x78]);
         let mut containers = b"\x50\x2a\x4d\x18\x40\0\0\0".to_vec();
-        for number in [100_u64, 20, 200, 1, 120, 9, 99] {
+        for number in [100_u64, 20, 200, 1, 128, 9, 99] {
             containers.extend_from_slice(&number.to_le_bytes());
         }
         containers.extend_from_slice(&[0x47, 0x4e, 0x55, 0x6c, 0x49, 0x6e, 0x55, 0x78]);
-        for (tail, kind) in [
-            (external, Kind::ExternalToc),
-            (stargz, Kind::ZstdChunkedStargz),
-            (containers, Kind::ZstdChunkedContainers),
+        let (toc, tar_split) = (packed(100, 20, 200), packed(128, 9, 99));
+        assert_eq!(stargz, write_zstd_stargz(toc));
+        assert_eq!(containers, write_zstd_containers(toc, tar_split));
+        let both = [containers.clone(), stargz.clone()].concat();
+        for (tail, kind, tar_split) in [
+            (stargz, Kind::ZstdChunkedStargz, None),
+            (containers, Kind::ZstdChunkedContainers, Some(tar_split)),
+            (both, Kind::ZstdChunkedStargz, Some(tar_split)),
         ] {
             let padded = [vec![0; 30], tail.clone()].concat();
             for tail in [&tail, &padded] {
-                assert_eq!(read(tail, 1000), Ok(Footer::Other(kind)));
+                assert_eq!(read(tail, 1000), Ok(Footer::Zstd { kind, toc, tar_split }));
                 assert_eq!(detect(tail, 1000), Some(kind));
             }
-            assert_eq!(read(&tail[1..], 1000), Err(FooterError::NoFooter));
         }
+    }
+
+    #[test]
+    fn zstd_footers_that_lie_are_refused() {
+        for toc in
+            [packed(100, 0, 0), packed(7, 20, 200), packed(952, 1, 1), packed(900, 53, 1), packed(u64::MAX, 1, 1)]
+        {
+            let tail = write_zstd_stargz(toc);
+            assert!(matches!(read(&tail, 1000), Err(FooterError::Outside { .. })), "{toc:?}");
+            assert_eq!(detect(&tail, 1000), Some(Kind::ZstdChunkedStargz));
+        }
+        let tail = write_zstd_containers(packed(100, 20, 200), packed(900, 100, 200));
+        assert!(matches!(read(&tail, 1000), Err(FooterError::Outside { .. })));
+        let tail = zstd_frame(&[100, 20, 200, 2], ZSTD_STARGZ_MAGIC);
+        assert!(matches!(read(&tail, 1000), Err(FooterError::Form { form: 2, .. })));
+        assert_eq!(detect(&tail, 1000), Some(Kind::ZstdChunkedStargz));
     }
 
     #[test]

@@ -86,6 +86,14 @@ pub struct Entry<'a> {
     pub chunk_size: u64,
     /// Digest of the chunk's uncompressed bytes.
     pub chunk_digest: Option<Digest>,
+    /// Zstd:chunked: whether the chunk is a hole.
+    pub hole: bool,
+    /// Zstd:chunked: where the frames with the content of the file end in the blob.
+    pub end_offset: u64,
+    /// Zstd:chunked: access time.
+    pub accessed: Option<Timestamp>,
+    /// Zstd:chunked: change time.
+    pub changed: Option<Timestamp>,
 }
 
 /// Extended attributes of an entry: names and values.

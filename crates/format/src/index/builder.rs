@@ -10,7 +10,7 @@
 
 use std::ops::Range;
 
-use super::{LayerIndex, Timestamp, Xattrs};
+use super::{Codec, LayerIndex, Timestamp, Xattrs};
 use crate::{
     digest::Digest,
     limits::Limits,
@@ -118,6 +118,7 @@ pub struct IndexBuilder {
     missing_digest: MissingDigest,
     /// Where the frames end and something else begins, in the blob.
     payload_end: u64,
+    codec: Codec,
     nodes: Vec<Draft>,
     names: Names,
     chunks: Vec<NewChunk>,
@@ -198,6 +199,7 @@ impl IndexBuilder {
             limits,
             missing_digest,
             payload_end: payload_end.0,
+            codec: Codec::Gzip,
             nodes: vec![Draft::implied(ROOT, 0, 0)],
             names: Names::default(),
             chunks: Vec::new(),
@@ -207,6 +209,12 @@ impl IndexBuilder {
             last_directory: None,
             followed_bytes: 0,
         }
+    }
+
+    /// Says how frames are decoded: they are gzip members where nothing is said.
+    #[must_use]
+    pub fn with_codec(self, codec: Codec) -> Self {
+        Self { codec, ..self }
     }
 
     /// Takes the next entry. `number` is its place in the table of contents, for messages, `name` its path as the layer

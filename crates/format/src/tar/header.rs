@@ -37,8 +37,8 @@ pub(super) const DEVICE_MINOR: Range<usize> = 337..345;
 pub(super) const PREFIX: Range<usize> = 345..500;
 const STAR_PREFIX: Range<usize> = 345..476;
 const STAR_MAGIC: Range<usize> = 508..512;
-const GNU_ATIME: Range<usize> = 345..357;
-const GNU_CTIME: Range<usize> = 357..369;
+pub(super) const GNU_ATIME: Range<usize> = 345..357;
+pub(super) const GNU_CTIME: Range<usize> = 357..369;
 
 /// Which fields a header has.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -244,7 +244,7 @@ fn device(part: &'static str, value: &[u8]) -> Result<Option<u32>, Problem> {
 }
 
 /// Reads `[-]seconds[.fraction]`. Digits behind the ninth of a fraction are dropped.
-fn time(part: &'static str, value: &[u8]) -> Result<Option<Timestamp>, Problem> {
+pub(super) fn time(part: &'static str, value: &[u8]) -> Result<Option<Timestamp>, Problem> {
     if value.is_empty() {
         return Ok(None);
     }

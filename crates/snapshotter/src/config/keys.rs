@@ -11,7 +11,7 @@ use super::{
 };
 
 /// The formats that there are.
-pub const FORMATS: &[&str] = &["estargz"];
+pub const FORMATS: &[&str] = &["estargz", "zstdchunked"];
 const ENGINES: &[&str] = &["fanotify", "erofs-fuse", "erofs-loop", "fuse"];
 const WHENS: &[&str] = &["always", "idle", "never"];
 const LOG_FORMATS: &[&str] = &["text", "json"];

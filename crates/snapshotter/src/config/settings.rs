@@ -144,7 +144,7 @@ impl Default for Settings {
             engine: None,
             mount_options: Vec::new(),
             allow_unverified: false,
-            formats: vec!["estargz".to_owned()],
+            formats: vec!["estargz".to_owned(), "zstdchunked".to_owned()],
             memory: 128 << 20,
             metrics_address: None,
             cache: Cache::default(),

@@ -74,8 +74,11 @@ fn what_is_wrong_is_said_with_its_place() {
             "2:9: cache.quota: expected a size, as a number of bytes or a text such as \"20G\", found \"much\"",
         ),
         ("complete = 'maybe'", "1:12: complete: expected one of \"always\", \"idle\", \"never\", found \"maybe\""),
-        ("formats = []", "1:11: formats: expected a list of at least one of \"estargz\", found []"),
-        ("formats = ['zip']", "1:11: formats: expected a list of at least one of \"estargz\", found [\"zip\"]"),
+        ("formats = []", "1:11: formats: expected a list of at least one of \"estargz\", \"zstdchunked\", found []"),
+        (
+            "formats = ['zip']",
+            "1:11: formats: expected a list of at least one of \"estargz\", \"zstdchunked\", found [\"zip\"]",
+        ),
         ("cache = 3", "1:9: cache: expected a table, found a whole number"),
         ("root = { a = 1 }", "1:8: root: expected a path in quotes, found a table"),
         ("root = ''", "1:8: root: expected a path in quotes, found \"\""),

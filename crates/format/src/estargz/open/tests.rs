@@ -4,8 +4,14 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    estargz::toc::TocWriter,
+    digest::Digest,
+    estargz::{
+        footer::{self, FooterError, Kind},
+        toc::{TocError, TocWriter},
+    },
     index::{Codec, FrameId, Timestamp},
+    opening::{GUESS_LEAST, GUESS_MOST, Opened, Opening, Promise, Step},
+    position::BlobRange,
     tar,
 };
 
@@ -47,7 +53,7 @@ fn open_counted(
     trust: Trust,
     limits: &Limits,
 ) -> Result<(LayerIndex, Opened, usize), OpenError> {
-    let (mut opening, mut range) = Opening::new(blob.len() as u64, toc_digest, trust, limits)?;
+    let (mut opening, mut range) = Opening::new(blob.len() as u64, Promise::estargz(toc_digest), trust, limits)?;
     for reads in 1.. {
         let bytes = &blob[at(range.start.0)..at(range.end().0)];
         match opening.supply(bytes)? {
@@ -184,10 +190,10 @@ fn tables_are_written_as_the_reference_writes_them() {
     for (blob, _) in [VARIOUS, DOT_SLASH, DOT_DOT, EMPTY, NO_ENTRIES, LEGACY] {
         let (_, opened) = open(blob, None, Trust::Optional).unwrap();
         let member = &blob[at(opened.toc_range.start.0)..at(opened.toc_range.end().0)];
-        let toc = Toc::decode(member, opened.toc_range.start, &Limits::default()).unwrap();
+        let json = decode_toc(member, opened.toc_range.start, &Limits::default()).unwrap();
         let mut writer = TocWriter::new();
         let mut taken = Vec::new();
-        toc::read(toc.json(), &Limits::default(), |number, entry| {
+        toc::read(&json, &Limits::default(), |number, entry| {
             writer.push(&entry);
             if number % 3 == 0 {
                 taken.extend(writer.take());
@@ -197,7 +203,7 @@ fn tables_are_written_as_the_reference_writes_them() {
         .unwrap();
         taken.extend(writer.finish());
         // What Go escapes because it is no UTF-8 has become UTF-8.
-        let expected = std::str::from_utf8(toc.json()).unwrap().replace("\\ufffd", "\u{fffd}");
+        let expected = std::str::from_utf8(&json).unwrap().replace("\\ufffd", "\u{fffd}");
         assert_eq!(String::from_utf8(taken).unwrap(), expected);
     }
 }
@@ -227,7 +233,7 @@ fn names_that_are_not_utf_8_survive() {
     // A name that others would see as another one is refused.
     let forged = text.replace("6Tzwnw==", "6TzwLw==");
     assert_ne!(forged, text);
-    let error = index(forged.as_bytes(), BlobOffset(0), Trust::Required, &Limits::default()).unwrap_err();
+    let error = index(forged.as_bytes(), BlobOffset(0), Codec::Gzip, Trust::Required, &Limits::default()).unwrap_err();
     assert!(error.to_string().contains("bytes of a name are another name"), "{error}");
 }
 
@@ -286,13 +292,13 @@ fn at_most_two_reads_are_needed() {
         let small = blob(&vec![0; payload], &json);
         assert_eq!(open_counted(&small, digest, Trust::Required, &Limits::default()).unwrap().2, 1);
     }
-    let (_, range) = Opening::new(1 << 40, digest, Trust::Required, &Limits::default()).unwrap();
+    let (_, range) = Opening::new(1 << 40, Promise::estargz(digest), Trust::Required, &Limits::default()).unwrap();
     assert_eq!(range, BlobRange { start: BlobOffset((1 << 40) - GUESS_MOST), length: GUESS_MOST });
 }
 
 #[test]
 fn an_unvouched_layer_is_not_even_read() {
-    let new = |size, digest, trust| Opening::new(size, digest, trust, &Limits::default()).map(|_| ());
+    let new = |size, digest, trust| Opening::new(size, Promise::estargz(digest), trust, &Limits::default()).map(|_| ());
     assert!(matches!(new(1000, None, Trust::Required), Err(OpenError::NotVouched)));
     assert!(matches!(new(0, None, Trust::Optional), Err(OpenError::Footer(FooterError::NoFooter))));
     let wrong = Some(Digest::sha256_of(b""));
@@ -315,7 +321,7 @@ fn other_blobs_are_told_apart() {
         "layer is eStargz with external table of contents, which can't be read lazily here: its table of contents is in \
          another image"
     );
-    let (opening, range) = Opening::new(1000, None, Trust::Optional, &Limits::default()).unwrap();
+    let (opening, range) = Opening::new(1000, Promise::default(), Trust::Optional, &Limits::default()).unwrap();
     let error = opening.supply(&[0; 999]).unwrap_err();
     assert!(matches!(error, OpenError::WrongLength { expected: 1000, found: 999, .. }));
     assert_eq!(range.length, 1000);
@@ -450,7 +456,8 @@ fn hostile_tables_are_refused() {
     ];
     for (entries, message) in cases {
         let json = format!(r#"{{"version":1,"entries":[{entries}]}}"#);
-        let error = index(json.as_bytes(), BlobOffset(1000), Trust::Required, &Limits::default()).unwrap_err();
+        let error =
+            index(json.as_bytes(), BlobOffset(1000), Codec::Gzip, Trust::Required, &Limits::default()).unwrap_err();
         assert!(error.to_string().contains(message), "{error} does not contain {message:?}");
     }
     let documents: &[(&str, &str)] = &[
@@ -464,12 +471,13 @@ fn hostile_tables_are_refused() {
         (r#"{"version":1,"entries":[{"name":"a","type":"dir"},{"na"#, "entry 1: the text ends"),
     ];
     for (json, message) in documents {
-        let error = index(json.as_bytes(), BlobOffset(1000), Trust::Required, &Limits::default()).unwrap_err();
+        let error =
+            index(json.as_bytes(), BlobOffset(1000), Codec::Gzip, Trust::Required, &Limits::default()).unwrap_err();
         assert!(error.to_string().contains(message), "{error} does not contain {message:?}");
     }
     let limits = Limits { entries: 3, ..Limits::default() };
     let json = format!(r#"{{"entries":[{}]}}"#, [r#"{"name":"a","type":"dir"}"#; 4].join(","));
-    let error = index(json.as_bytes(), BlobOffset(1000), Trust::Required, &limits).unwrap_err();
+    let error = index(json.as_bytes(), BlobOffset(1000), Codec::Gzip, Trust::Required, &limits).unwrap_err();
     assert!(matches!(error, OpenError::Toc(TocError::TooManyEntries { limit: 3 })), "{error}");
 }
 
@@ -485,7 +493,7 @@ fn what_go_tolerates_is_tolerated() {
     // A byte that is no UTF-8 in a string.
     let place = json.windows(4).position(|window| window == b"\\xff").unwrap();
     let json = [&json[..place], b"\xff", &json[place + 4..]].concat();
-    let (index, entries) = index(&json, BlobOffset(100), Trust::Required, &Limits::default()).unwrap();
+    let (index, entries) = index(&json, BlobOffset(100), Codec::Gzip, Trust::Required, &Limits::default()).unwrap();
     assert_eq!(entries, 4);
     let directory = index.lookup(b"d").unwrap();
     let children: Vec<_> =
@@ -544,6 +552,6 @@ proptest! {
     #[test]
     fn no_table_panics(json in r#"(\{|\}|\[|\]|,|:|"entries"|"name"|"type"|"reg"|"chunk"|"size"|"offset"|"xattrs"|null|[0-9]|-){0,60}"#) {
         let json = format!(r#"{{"entries":[{json}"#);
-        let _ = index(json.as_bytes(), BlobOffset(1000), Trust::Optional, &Limits::default());
+        let _ = index(json.as_bytes(), BlobOffset(1000), Codec::Gzip, Trust::Optional, &Limits::default());
     }
 }

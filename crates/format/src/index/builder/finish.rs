@@ -127,7 +127,7 @@ fn resolve(builder: &mut IndexBuilder, link: u32) -> Result<u32, IndexError> {
 }
 
 fn lay_out(builder: &IndexBuilder, live: &[u32]) -> Result<Laid, IndexError> {
-    let mut layout = Layout::new(builder.payload_end, &builder.chunks);
+    let mut layout = Layout::new(builder.payload_end, builder.codec, &builder.chunks);
     for (number, draft) in (0..).zip(live) {
         if let DraftKind::Regular { chunks, .. } = &builder.nodes[*draft as usize].kind
             && !chunks.is_empty()

@@ -10,6 +10,8 @@ use crate::{
 
 /// Deflate's densest code: 258 bytes in two bits.
 const DEFLATE_DENSITY: u64 = 1032;
+/// Zstd's smallest block, of 4 bytes, repeats a byte 128 KiB times (RFC 8878, section 3.1.1.2).
+const ZSTD_DENSITY: u64 = 32 << 10;
 
 /// The largest size of a file on Linux.
 const LARGEST_DATA: u64 = i64::MAX as u64;
@@ -22,6 +24,7 @@ struct File {
 
 pub(super) struct Layout<'a> {
     payload_end: u64,
+    codec: Codec,
     chunks: &'a [NewChunk],
     files: Vec<File>,
 }
@@ -41,8 +44,8 @@ pub(super) struct Laid {
 
 impl<'a> Layout<'a> {
     /// `chunks` are all chunks of the layer, also those of files that are not added: they tell where frames start.
-    pub(super) fn new(payload_end: u64, chunks: &'a [NewChunk]) -> Self {
-        Self { payload_end, chunks, files: Vec::new() }
+    pub(super) fn new(payload_end: u64, codec: Codec, chunks: &'a [NewChunk]) -> Self {
+        Self { payload_end, codec, chunks, files: Vec::new() }
     }
 
     /// Adds a file of at least one chunk.
@@ -91,6 +94,11 @@ impl<'a> Layout<'a> {
         places: Places,
         data_length: u64,
     ) -> Result<Laid, (NodeId, Problem)> {
+        let density = match self.codec {
+            Codec::Gzip => DEFLATE_DENSITY,
+            Codec::Zstd => ZSTD_DENSITY,
+            Codec::Stored => 1,
+        };
         let mut starts: Vec<u64> = self.chunks.iter().map(|chunk| chunk.frame.0).collect();
         starts.sort_unstable();
         let mut starts = starts.into_iter().peekable();
@@ -106,7 +114,7 @@ impl<'a> Layout<'a> {
                 while starts.next_if(|next| *next <= start.0).is_some() {}
                 let end = starts.peek().copied().unwrap_or(self.payload_end);
                 let range = BlobRange { start, length: end - start.0 };
-                frames.push(Frame { range, codec: Codec::Gzip, decoded_length: 0 });
+                frames.push(Frame { range, codec: self.codec, decoded_length: 0 });
                 frame_extents.push(position);
             }
             let count = u32::try_from(frames.len()).unwrap_or(u32::MAX);
@@ -118,7 +126,7 @@ impl<'a> Layout<'a> {
             // Below the limit of a frame, as was checked when the chunk came.
             frame.decoded_length = extent.frame_offset + extent.length;
             let (compressed, decoded) = (frame.range.length, frame.decoded_length);
-            if decoded > compressed.saturating_mul(DEFLATE_DENSITY) {
+            if decoded > compressed.saturating_mul(density) {
                 return Err((extent.node, Problem::FrameTooDense { offset: start, compressed, decoded }));
             }
         }

@@ -27,6 +27,7 @@ pub mod index;
 pub mod limits;
 pub mod opening;
 pub mod position;
+pub mod soci;
 pub mod tar;
 pub mod tree;
 pub mod zstd_chunked;

@@ -34,6 +34,7 @@ use crate::index::{Timestamp, Xattrs};
 mod header;
 pub mod path;
 mod pax;
+mod raw;
 mod reader;
 mod sparse;
 mod writer;
@@ -41,6 +42,8 @@ mod writer;
 #[cfg(test)]
 mod peer_tests;
 
+pub(crate) use pax::attributes;
+pub use raw::RawHeader;
 pub use reader::{Content, Reader};
 pub use writer::{END_OF_ARCHIVE, InvalidEntry, encode_header, padding};
 

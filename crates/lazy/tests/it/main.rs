@@ -13,6 +13,7 @@ mod quota;
 mod read;
 mod restart;
 mod source;
+mod spans;
 
 use std::{
     sync::Arc,

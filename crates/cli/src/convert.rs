@@ -12,8 +12,14 @@ use loris_convert::{
     image::{ConvertOptions, Target, convert_image},
     layer::{Dialect, Format, LayerOptions, MAX_CHUNK_BYTES},
     record::Record,
+    soci::{SociOptions, Version, convert_soci},
 };
-use loris_format::{compression::GzipLevel, limits::Limits};
+use loris_format::{
+    compression::GzipLevel,
+    limits::Limits,
+    soci::{MIN_LAYER_BYTES, SPAN_BYTES},
+};
+use loris_oci::ImageSource;
 
 use crate::{
     Global,
@@ -62,6 +68,19 @@ pub(crate) struct ConvertArguments {
     /// Turn Docker's media types into OCI's; alone, changes media types only, and makes nothing lazy
     #[arg(long)]
     oci: bool,
+    /// Leave layers as they are and make an index beside them (SOCI)
+    #[arg(long, conflicts_with_all = ["estargz", "uncompress", "oci", "estargz_record_in"])]
+    soci: bool,
+    /// 2: new manifests name their index, as `soci convert` makes them. 1: the image stays as it is, and the index is a
+    /// referrer, as `soci create` and `soci push` make it
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=2))]
+    soci_version: u8,
+    /// Uncompressed bytes between two places of a layer where reading can begin
+    #[arg(long, value_name = "BYTES", value_parser = byte_count, default_value_t = SPAN_BYTES)]
+    soci_span_size: u64,
+    /// Make no index of smaller layers
+    #[arg(long, value_name = "BYTES", value_parser = byte_count, default_value_t = MIN_LAYER_BYTES)]
+    soci_min_layer_size: u64,
     /// Make uncompressed layers
     #[arg(long)]
     uncompress: bool,
@@ -92,10 +111,31 @@ pub(crate) fn defaults() -> ConvertOptions {
 impl ConvertArguments {
     pub(crate) async fn run(self, global: &Global) -> failure::Result {
         let source = global.access.source(&self.source).await?;
+        if self.soci {
+            return self.with_index(global, &*source).await;
+        }
         let options = self.options()?;
         let sink = global.access.sink(&self.destination).await?;
         let bars = Bars::new(global);
         let report = convert_image(&*source, &*sink, &options, &bars)
+            .await
+            .with_context(|| access::doing("converting", &self.source))?;
+        bars.finish();
+        access::print_written(global, &self.destination, &report.digest, &report)?;
+        Ok(Outcome::Done)
+    }
+
+    async fn with_index(&self, global: &Global, source: &dyn ImageSource) -> failure::Result {
+        let options = SociOptions {
+            version: if self.soci_version == 1 { Version::One } else { Version::Two },
+            span_bytes: self.soci_span_size,
+            min_layer_bytes: self.soci_min_layer_size,
+            platforms: self.selection.platforms(),
+            ..SociOptions::default()
+        };
+        let sink = global.access.sink(&self.destination).await?;
+        let bars = Bars::new(global);
+        let report = convert_soci(source, &*sink, &options, &bars)
             .await
             .with_context(|| access::doing("converting", &self.source))?;
         bars.finish();

@@ -62,6 +62,10 @@ pub(crate) struct SnapshotterArguments {
     /// Serve layers whose content no digest in the manifest vouches for
     #[arg(long)]
     allow_unverified: bool,
+    /// Whose word counts for an index beside layers that are no lazy format themselves (SOCI): that of the image's `manifest`,
+    /// also that of whoever may write to its `repository`, or `any`; manifest where nothing is said
+    #[arg(long, value_name = "WHO", env = "LORIS_INDEX_TRUST", value_parser = ["manifest", "repository", "any"])]
+    index_trust: Option<String>,
     /// Another option of overlayfs for containers, such as `volatile`
     #[arg(long, value_name = "OPTION")]
     mount_option: Vec<String>,

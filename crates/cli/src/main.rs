@@ -20,6 +20,7 @@ mod engine;
 mod explain;
 mod failure;
 mod fs;
+mod index;
 mod inspect;
 mod logging;
 mod measure;
@@ -84,6 +85,8 @@ enum Verb {
     Load(copy::LoadArguments),
     /// Convert an image into a lazily pullable one
     Convert(convert::ConvertArguments),
+    /// Make an index of an image's layers, which stay as they are, so that they are read lazily
+    Index(index::IndexArguments),
     /// Show what each layer really is, and whether it would be lazy
     Inspect(inspect::InspectArguments),
     /// Look into an image by range reads, without pulling it
@@ -171,6 +174,7 @@ fn main() -> ExitCode {
         Verb::Save(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Load(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Convert(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
+        Verb::Index(arguments) => runtime.block_on(unless_signalled(arguments.run(&global))),
         Verb::Inspect(arguments) => runtime.block_on(arguments.run(&global)),
         Verb::Fs(command) => runtime.block_on(command.run(&global)),
         Verb::Verify(arguments) => runtime.block_on(arguments.run(&global)),

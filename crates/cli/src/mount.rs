@@ -15,7 +15,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use clap::Args;
-use loris_lazy::{FetchPolicy, LazyLayer, open::open_all_layers};
+use loris_lazy::{FetchPolicy, LazyLayer, beside::with_known_indexes, open::open_all_layers};
 use loris_mount::{
     Special,
     keeper::{Inherited, Keeper},
@@ -180,6 +180,7 @@ impl MountArguments {
         }
         let options = self.open.options(FetchPolicy::MOUNT);
         let manifest = document.manifest(&options.limits)?;
+        let manifest = with_known_indexes(manifest, &document.digest, &store, &options);
         let opening = async {
             let source = global.access.source(&self.image).await?;
             anyhow::Ok(open_all_layers(source, &manifest, &store, &options, &diff_ids).await?)

@@ -18,8 +18,11 @@ use loris_format::{
     tree::{InodeKind, Tree},
 };
 use loris_lazy::{
-    Command, Completion, FetchPolicy, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store, StoreOptions,
-    Trust, documents::Remembering, open_image,
+    Command, Completion, FetchPolicy, IndexTrust, LayerError, LazyImage, LazyLayer, OpenOptions, OpenedImage, Store,
+    StoreOptions, Trust,
+    beside::{fetch_from, with_indexes},
+    documents::Remembering,
+    open_image,
 };
 use loris_oci::{Document, ImageSource, document::ImageConfig, platform};
 
@@ -35,8 +38,35 @@ pub(crate) struct OpenLazily {
     /// Serve layers whose content no digest in the manifest vouches for
     #[arg(long)]
     allow_unverified: bool,
+    /// Whose word counts for an index beside layers that are no lazy format themselves (SOCI): the image's `manifest`
+    /// (version 2), also whoever may write to the image's `repository` (version 1, a referrer), or `any`. What this machine
+    /// has indexed itself counts always
+    #[arg(long, value_enum, default_value_t = IndexTrusted::Manifest, env = "LORIS_INDEX_TRUST", value_name = "WHO")]
+    index_trust: IndexTrusted,
+    /// Look for indexes in this repository too, `registry/name`; they count with `--index-trust any`
+    #[arg(long, env = "LORIS_INDEX_REPO", value_name = "REPOSITORY")]
+    index_repo: Option<String>,
     #[command(flatten)]
     place: StorePlace,
+}
+
+/// Whose word counts for an index beside a layer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum IndexTrusted {
+    #[default]
+    Manifest,
+    Repository,
+    Any,
+}
+
+impl From<IndexTrusted> for IndexTrust {
+    fn from(trusted: IndexTrusted) -> Self {
+        match trusted {
+            IndexTrusted::Manifest => Self::Manifest,
+            IndexTrusted::Repository => Self::Repository,
+            IndexTrusted::Any => Self::Any,
+        }
+    }
 }
 
 /// Where the store is.
@@ -200,7 +230,7 @@ impl OpenLazily {
 
     pub(crate) fn options(&self, policy: FetchPolicy) -> OpenOptions {
         let trust = if self.allow_unverified { Trust::Anything } else { Trust::Vouched };
-        OpenOptions { trust, policy, ..OpenOptions::default() }
+        OpenOptions { trust, index_trust: self.index_trust.into(), policy, ..OpenOptions::default() }
     }
 }
 
@@ -242,6 +272,13 @@ impl Looked {
         let (document, manifest) = platform::resolve_manifest(&*source, platform.wanted(), &options.limits)
             .await
             .with_context(|| access::doing("opening", name))?;
+        if let Some(repository) = open.index_repo.as_ref().filter(|_| options.index_trust == IndexTrust::Any) {
+            let indexes = global.access.source(repository).await?;
+            if let Err(error) = fetch_from(&*indexes, &manifest, &document.digest, store, &options).await {
+                tracing::warn!(%repository, %error, "no index can be had from there");
+            }
+        }
+        let manifest = with_indexes(&*source, manifest, &document.digest, store, &options).await;
         let image = open_image(source.clone(), &manifest, store, &options).await?;
         Ok(Self { source, document, image })
     }

@@ -4,6 +4,7 @@
 //! - [`image`]: a whole image converted: all platforms, with everything that belongs to it.
 //! - [`copy`]: an image taken to another place as it is.
 //! - [`verify`]: whether an image is what it says.
+//! - [`soci`]: indexes beside layers that stay as they are.
 //! - [`record`]: what a workload read, as other tools write it down.
 //! - [`progress`]: what is told while these run.
 //!
@@ -23,6 +24,7 @@ pub mod image;
 pub mod layer;
 pub mod progress;
 pub mod record;
+pub mod soci;
 mod survey;
 pub mod verify;
 

@@ -10,13 +10,19 @@
 
 use std::io;
 
+pub(crate) mod deflate;
 mod frame;
-mod gzip;
+pub(crate) mod gzip;
+mod member;
+mod span;
 mod stream;
-mod zstd;
+pub(crate) mod zstd;
 
+pub(crate) use deflate::WINDOW_BYTES;
 pub use frame::{FrameDecoder, decode_frame};
 pub use gzip::{GzipCompressor, GzipLevel, InvalidGzipLevel, gzip_member};
+pub(crate) use member::{Header, header};
+pub use span::SpanDecoder;
 pub use stream::Decoder;
 pub use zstd::{ZstdCompressor, zstd_frame};
 

@@ -131,6 +131,23 @@ pub enum Codec {
     Zstd,
     /// As it is.
     Stored,
+    /// A piece of a deflate stream in gzip members, which begins with any bit and needs the 32 KiB that precede it: a
+    /// [`Span`].
+    Deflate,
+}
+
+/// What a frame is in a layer that stayed as it was, beside which an index was made (SOCI). Neighbours share a byte where the
+/// later one does not begin with a whole one.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Span {
+    /// Where it begins in the tar.
+    pub start: u64,
+    /// Bytes that it decodes to, those between files included. The last one may have more, behind the end of the archive.
+    pub length: u64,
+    /// How many upper bits of its first byte are the first of it; 0 where that is all of them.
+    pub bits: u8,
+    /// What its compressed bytes must hash to, before they are decoded: its extents have no digests.
+    pub digest: Digest,
 }
 
 /// A piece of one file's content: the unit of verification, and a bit of the filled-bitmap.
@@ -177,6 +194,8 @@ pub struct LayerIndex {
     /// `extents` numbers sorted by frame: `by_frame[frame_extents[f]..frame_extents[f + 1]]` are those of frame `f`.
     by_frame: Vec<u32>,
     frame_extents: Vec<u32>,
+    /// As many as there are frames, or none.
+    spans: Vec<Span>,
     data_length: u64,
     prefetch: Prefetch,
 }
@@ -214,6 +233,25 @@ impl LayerIndex {
     #[must_use]
     pub fn frames(&self) -> &[Frame] {
         &self.frames
+    }
+
+    /// Returns what a frame is as a span. Of the frames of an index either all or none are spans; where they are, they
+    /// decode to all of the tar.
+    #[must_use]
+    pub fn span(&self, frame: FrameId) -> Option<&Span> {
+        self.spans.get(frame.0 as usize)
+    }
+
+    /// Says whether the frames are spans.
+    #[must_use]
+    pub fn has_spans(&self) -> bool {
+        !self.spans.is_empty()
+    }
+
+    /// Says whether a digest reaches all content: that of each extent, or that of the span it is in.
+    #[must_use]
+    pub fn is_digested(&self) -> bool {
+        self.has_spans() || self.extents.iter().all(|extent| extent.digest.is_some())
     }
 
     /// Returns the size of the data file, in bytes.

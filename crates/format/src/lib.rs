@@ -29,6 +29,7 @@ pub mod limits;
 pub mod opening;
 pub mod position;
 pub mod program;
+pub mod soci;
 pub mod tar;
 pub mod tree;
 pub mod zstd_chunked;

@@ -39,7 +39,7 @@ use crate::{
 
 mod promise;
 
-pub use promise::{Family, Promise, PromiseError, ZstdChunked};
+pub use promise::{BESIDE_ANNOTATION, Beside, Family, Promise, PromiseError, Voucher, ZstdChunked};
 
 /// The first read takes this part of the blob. A table of contents is 1 to 2 % of a layer of Debian packages.
 const GUESS_SHARE: u64 = 64;

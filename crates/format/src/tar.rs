@@ -35,6 +35,7 @@ mod header;
 pub mod path;
 mod pax;
 mod raw;
+mod raw_header;
 mod reader;
 mod sparse;
 mod writer;
@@ -42,7 +43,9 @@ mod writer;
 #[cfg(test)]
 mod peer_tests;
 
+pub(crate) use pax::attributes;
 pub use raw::Raw;
+pub use raw_header::RawHeader;
 pub use reader::{Content, Reader};
 pub use writer::{END_OF_ARCHIVE, InvalidEntry, encode_header, padding};
 

@@ -11,7 +11,9 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
+    fs::File,
     io::{self, Read},
+    os::unix::fs::FileExt as _,
 };
 
 use loris_format::{
@@ -29,7 +31,13 @@ use crate::error::path_of;
 const MOST_DIFFERENCES: usize = 1000;
 
 /// Compares, and returns what differs: a sentence each, by path. Reads the archive to its end and nothing behind it.
-pub(crate) fn compare(archive: impl Read, index: &LayerIndex, limits: &Limits) -> io::Result<Vec<String>> {
+/// Extents without digest are compared with a data file, where there is one, and those that differ are noted beside it.
+pub(crate) fn compare(
+    archive: impl Read,
+    index: &LayerIndex,
+    limits: &Limits,
+    data: Option<(&File, &mut Vec<usize>)>,
+) -> io::Result<Vec<String>> {
     let mut archive = tar::Reader::new(archive, limits);
     let mut comparison = Comparison {
         index,
@@ -38,6 +46,7 @@ pub(crate) fn compare(archive: impl Read, index: &LayerIndex, limits: &Limits) -
         differences: BTreeMap::new(),
         lasting: None,
         more: 0,
+        data,
     };
     while let Some(entry) = archive.next_entry().map_err(io::Error::other)? {
         let name = path::clean(&entry.path, limits).map_err(io::Error::other)?;
@@ -70,6 +79,7 @@ struct Comparison<'a> {
     /// A difference that no later entry makes good.
     lasting: Option<String>,
     more: usize,
+    data: Option<(&'a File, &'a mut Vec<usize>)>,
 }
 
 impl Comparison<'_> {
@@ -126,7 +136,9 @@ impl Comparison<'_> {
             return Ok(Some(difference));
         }
         match &node.kind {
-            NodeKind::Regular(content) if content.size > 0 => self.content(content.data, content.size, archive),
+            NodeKind::Regular(content) if content.size > 0 => {
+                self.content(content.data, content.size, entry.content_offset, archive)
+            }
             _ => Ok(None),
         }
     }
@@ -164,15 +176,25 @@ impl Comparison<'_> {
     }
 
     fn content<R: Read>(
-        &self,
+        &mut self,
         data: DataOffset,
         size: u64,
+        in_tar: Option<u64>,
         archive: &mut tar::Reader<R>,
     ) -> io::Result<Option<String>> {
         // The builder of the index has checked that all content ends far below 2^64.
         let extents = self.index.extents_in(&(data..DataOffset(data.0 + size)));
         let mut buffer = vec![0; 64 << 10];
-        for extent in &self.index.extents()[extents] {
+        for number in extents {
+            let extent = &self.index.extents()[number];
+            if let Some(span) = self.index.span(extent.frame)
+                && in_tar
+                    != span.start.checked_add(extent.frame_offset).and_then(|at| at.checked_sub(extent.file_offset.0))
+            {
+                return Ok(Some("its content stands elsewhere in the tar than the index says".to_owned()));
+            }
+            let mut is_damaged = false;
+            let mut at = extent.data.0;
             let mut hasher = extent.digest.as_ref().map_or_else(Hasher::sha256, |digest| digest.hasher());
             let mut content = archive.content().take(extent.length);
             loop {
@@ -180,7 +202,17 @@ impl Comparison<'_> {
                 if read == 0 {
                     break;
                 }
-                hasher.update(&buffer[..read]);
+                if extent.digest.is_some() {
+                    hasher.update(&buffer[..read]);
+                } else if let Some((file, _)) = &self.data {
+                    let mut found = vec![0; read];
+                    file.read_exact_at(&mut found, at)?;
+                    is_damaged |= found != buffer[..read];
+                }
+                at += read as u64;
+            }
+            if let (true, Some((_, damaged))) = (is_damaged, &mut self.data) {
+                damaged.push(number);
             }
             if extent.digest.is_some_and(|expected| hasher.finish() != expected) {
                 let at = extent.file_offset;

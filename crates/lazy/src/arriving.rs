@@ -20,12 +20,15 @@ pub(crate) struct Arriving {
     frames: VecDeque<(FrameId, BlobRange)>,
     /// What is here of the first of them.
     part: BytesMut,
+    /// The last byte of the frame that was handed out last: it may be the first of the next one.
+    shared: Option<u8>,
 }
 
 impl Arriving {
-    /// Makes ready for the bytes of `range`. The frames lie in it, in order and without overlap.
+    /// Makes ready for the bytes of `range`. The frames lie in it, in order; a frame may begin with the last
+    /// byte of the one before, and overlap it no further.
     pub(crate) fn new(range: BlobRange, frames: impl IntoIterator<Item = (FrameId, BlobRange)>) -> Self {
-        Self { range, came: 0, frames: frames.into_iter().collect(), part: BytesMut::new() }
+        Self { range, came: 0, frames: frames.into_iter().collect(), part: BytesMut::new(), shared: None }
     }
 
     /// Returns how many bytes have come: as many as the range has, or the source is wrong.
@@ -46,6 +49,9 @@ impl Arriving {
             let gap = size(range.start.0.saturating_sub(at)).min(piece.len());
             piece.advance(gap);
             at += gap as u64;
+            if range.start.0 < at && self.part.is_empty() {
+                self.part.extend(self.shared.take());
+            }
             let missing = size(range.length) - self.part.len();
             if at < range.start.0 || (piece.is_empty() && missing > 0) {
                 return;
@@ -58,12 +64,14 @@ impl Arriving {
                 return;
             }
             self.frames.pop_front();
-            if self.part.is_empty() {
-                whole(frame, next);
+            let bytes = if self.part.is_empty() {
+                next
             } else {
                 self.part.extend_from_slice(&next);
-                whole(frame, self.part.split().freeze());
-            }
+                self.part.split().freeze()
+            };
+            self.shared = bytes.last().copied();
+            whole(frame, bytes);
         }
     }
 }

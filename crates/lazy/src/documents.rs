@@ -120,6 +120,15 @@ impl ImageSource for Remembering {
         Ok(document)
     }
 
+    async fn manifest_named(&self, digest: &Digest) -> Result<Document, Error> {
+        if let Some(document) = self.known(digest, "") {
+            return Document::verified(document.bytes.clone(), &document.descriptor(), "the store");
+        }
+        let document = self.source.manifest_named(digest).await?;
+        self.keep(&document, false);
+        Ok(document)
+    }
+
     async fn blob(&self, descriptor: &Descriptor) -> Result<BlobStream, Error> {
         self.source.blob(descriptor).await
     }
@@ -154,7 +163,7 @@ impl ImageSource for Remembering {
     }
 }
 
-fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let file = File::options().read(true).custom_flags(NO_FOLLOW).open(path)?;
     let mut bytes = Vec::new();
     if file.metadata()?.is_file() {
@@ -167,7 +176,7 @@ fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 }
 
 /// Writes a file in one step.
-fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(crate) fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     if path.metadata().is_ok_and(|metadata| metadata.len() == bytes.len() as u64)
         && read(path, bytes.len() as u64)? == bytes
     {

@@ -6,6 +6,8 @@
 
 use std::{
     collections::VecDeque,
+    fs::File,
+    os::unix::fs::FileExt as _,
     sync::{Arc, atomic::Ordering},
 };
 
@@ -356,10 +358,37 @@ impl LazyLayer {
         }
     }
 
+    /// Fills everything that is missing out of the blob, which is in a file. Blocks.
+    pub(crate) fn fill_from(&self, blob: &File) -> Result<(), EnsureError> {
+        let mut tools = Tools { decoder: None, rest: self.verdict().is_none().then(Records::new) };
+        let decoder = tools.decoder.insert(FrameDecoder::new());
+        for (frame, id) in self.index.frames().iter().zip((0..).map(FrameId)) {
+            if self.has_frame(id) && !self.index.has_spans() {
+                continue;
+            }
+            self.check_size(id)?;
+            // Checked to fit into memory.
+            let mut bytes = vec![0; usize::try_from(frame.range.length).unwrap_or_default()];
+            blob.read_exact_at(&mut bytes, frame.range.start.0).map_err(|error| self.file_error(error))?;
+            self.land(decoder, id, &bytes, tools.rest.as_mut())?;
+        }
+        tools.put_away(self);
+        Ok(())
+    }
+
     /// Decodes a frame, and publishes what is right of it. Blocks.
     fn land(&self, decoder: &mut FrameDecoder, id: FrameId, compressed: &[u8], rest: Option<&mut Records>) -> Outcome {
         let frame = &self.index.frames()[id.0 as usize];
         let range = fetched_range(frame);
+        if self.index.has_spans() {
+            let (decoded, is_all, fault) = match self.decode_span(decoder, id, compressed, rest.is_some()) {
+                Ok((decoded, is_all)) => (decoded, is_all, None),
+                Err(fault) => (Vec::new(), false, Some(fault)),
+            };
+            let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
+            let is_all = is_all && decoded.len() as u64 <= most;
+            return self.keep(id, (decoded, is_all, fault), rest);
+        }
         let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
         let all = rest
             .as_ref()
@@ -371,6 +400,17 @@ impl LazyLayer {
                 (decoded, false, fault)
             }
         };
+        self.keep(id, (decoded, is_all, fault), rest)
+    }
+
+    /// Verifies, writes and publishes what a frame was decoded to: what of it is right, and whether that is all.
+    fn keep(
+        &self,
+        id: FrameId,
+        (decoded, is_all, fault): (Vec<u8>, bool, Option<String>),
+        rest: Option<&mut Records>,
+    ) -> Outcome {
+        let frame = &self.index.frames()[id.0 as usize];
         Counters::add(&self.counters.decoded_bytes, frame.decoded_length.min(decoded.len() as u64));
 
         self.cache.check_length(&self.index).map_err(|error| self.file_error(error))?;

@@ -11,11 +11,13 @@ use loris_format::{
     index::LayerIndex,
     limits::Limits,
     opening::{Opened, Opening, Promise, Step, Trust},
+    soci,
 };
 
 use crate::{
     cache::{Tail, create_private_directory, open_existing},
     error::StoreError,
+    windows,
 };
 
 const VERSION: &str = "loris promise 1";
@@ -49,12 +51,16 @@ pub(crate) fn saved_index(directory: &Path, identity: Digest, limits: &Limits) -
     if promise.identity() != Some(identity) {
         return None;
     }
+    if let Some(beside) = promise.index_beside() {
+        let kept = windows::load(directory, &beside.digest, limits)?;
+        return soci::open(&kept.ztoc, size, limits).ok();
+    }
     replay(directory, size, promise, Trust::Required, limits).map(|(index, ..)| index)
 }
 
 /// Keeps what the manifest says, where the layer's name does not say as much.
 pub(crate) fn save_promise(directory: &Path, blob_size: u64, promise: &Promise) -> Result<(), StoreError> {
-    if promise.zstd_chunked.is_none() {
+    if promise.zstd_chunked.is_none() && promise.beside.is_none() {
         return Ok(());
     }
     let path = directory.join("promise");

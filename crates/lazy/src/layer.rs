@@ -36,6 +36,7 @@ use crate::{
     sequence::Sequences,
     shared::{Flying, Shared},
     verdict::Proofs,
+    windows::Windows,
 };
 
 /// Between attempts of [`LazyLayer::ensure_within`]. The source has waited between its own attempts already.
@@ -61,6 +62,8 @@ pub struct LazyLayer {
     pub(crate) opened: Opened,
     pub(crate) vouched: bool,
     pub(crate) cache: Arc<LayerCache>,
+    /// Where its frames are spans of a compressed layer.
+    pub(crate) windows: Option<Windows>,
     pub(crate) source: Arc<dyn ImageSource>,
     pub(crate) schedule: Arc<Schedule>,
     pub(crate) policy: FetchPolicy,
@@ -680,7 +683,7 @@ impl LazyLayer {
     }
 
     /// Refuses a frame that must not be held in memory.
-    fn check_size(&self, frame: FrameId) -> Result<(), EnsureError> {
+    pub(crate) fn check_size(&self, frame: FrameId) -> Result<(), EnsureError> {
         let parts = &self.index.frames()[frame.0 as usize];
         let needed = parts.decoded_length.max(fetched_range(parts).length);
         let limit = self.limits.frame_bytes;

@@ -42,6 +42,7 @@
 
 mod agreement;
 mod arriving;
+pub mod beside;
 mod cache;
 mod content;
 mod digests;
@@ -69,9 +70,12 @@ mod rest;
 mod schedule;
 mod sequence;
 mod shared;
+mod spans;
 pub mod store;
 mod verdict;
+mod windows;
 
+pub use beside::IndexTrust;
 pub use census::{StoredLayer, Totals};
 pub use complete::{Completion, complete, complete_all, prefetch, prefetch_in_order};
 pub use error::{EnsureError, LayerError, OpenError, ReadError, StoreError};

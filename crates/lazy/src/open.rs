@@ -19,7 +19,7 @@ use loris_format::{
         builder::{IndexError, Problem},
     },
     limits::Limits,
-    opening::{self, Opened, Opening, Promise, Step},
+    opening::{self, BESIDE_ANNOTATION, Opened, Opening, Promise, Step},
     position::{BlobOffset, BlobRange},
 };
 use loris_oci::{
@@ -28,6 +28,7 @@ use loris_oci::{
 };
 
 use crate::{
+    beside::IndexTrust,
     cache::Tail,
     error::{LayerError, OpenError, StoreError},
     kept,
@@ -36,11 +37,15 @@ use crate::{
     proof::{Finding, Verdict},
     schedule::{Claim, Turn, Urgency},
     store::Store,
+    windows::Windows,
 };
 
 /// How often the end of a blob is held in memory while its table of contents is read: as it came, to be kept, and in one
 /// piece.
 const COPIES: u64 = 3;
+
+/// Layers of so many bytes get no index where nobody wishes otherwise.
+const SMALL_LAYER_BYTES: u64 = loris_format::soci::MIN_LAYER_BYTES;
 
 /// What must vouch for a layer's content.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -58,6 +63,11 @@ pub enum Trust {
 pub struct OpenOptions {
     /// What must vouch for the content.
     pub trust: Trust,
+    /// Whose word counts for an index beside a layer.
+    pub index_trust: IndexTrust,
+    /// Layers that nothing makes lazily readable are fetched whole and indexed, once, where they have at most so many
+    /// bytes. Where an image has indexes beside its layers, small ones are in any case: nobody makes an index of them.
+    pub plain_bytes: u64,
     /// How what is read becomes requests.
     pub policy: FetchPolicy,
     /// Bounds on what the image may ask of us.
@@ -68,7 +78,14 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { trust: Trust::default(), policy: FetchPolicy::default(), limits: Limits::default(), side_by_side: 16 }
+        Self {
+            trust: Trust::default(),
+            index_trust: IndexTrust::default(),
+            plain_bytes: 0,
+            policy: FetchPolicy::default(),
+            limits: Limits::default(),
+            side_by_side: 16,
+        }
     }
 }
 
@@ -177,6 +194,9 @@ async fn open_layers(
             descriptors.len() - 1
         });
     }
+    let has_index = descriptors.iter().any(|descriptor| descriptor.annotations.contains_key(BESIDE_ANNOTATION));
+    let least = if has_index { SMALL_LAYER_BYTES } else { 0 };
+    let options = &OpenOptions { plain_bytes: options.plain_bytes.max(least), ..options.clone() };
     let opened: Vec<Result<Arc<LazyLayer>, LayerError>> = stream::iter(&descriptors)
         .map(|descriptor| open_layer(Arc::clone(source), descriptor, store, options))
         .buffered(options.side_by_side.max(1))
@@ -235,24 +255,26 @@ pub async fn open_layer(
 }
 
 /// A layer that is being opened.
-struct LayerOpening {
-    source: Arc<dyn ImageSource>,
-    descriptor: Descriptor,
-    store: Store,
-    options: OpenOptions,
-    counters: Counters,
+pub(crate) struct LayerOpening {
+    pub(crate) source: Arc<dyn ImageSource>,
+    pub(crate) descriptor: Descriptor,
+    pub(crate) store: Store,
+    pub(crate) options: OpenOptions,
+    pub(crate) counters: Counters,
 }
 
 /// A layer whose table of contents was read.
-struct Indexed {
-    index: LayerIndex,
-    opened: Opened,
+pub(crate) struct Indexed {
+    pub(crate) index: LayerIndex,
+    pub(crate) opened: Opened,
     /// What the manifest says of it.
-    promise: Promise,
+    pub(crate) promise: Promise,
     /// The end of the blob that it was read from.
-    tail: Tail,
+    pub(crate) tail: Tail,
     /// Whether the tail came from the network.
-    fresh: bool,
+    pub(crate) fresh: bool,
+    /// Where its frames are spans.
+    pub(crate) windows: Option<Windows>,
 }
 
 /// The first step, out of the two that may be needed.
@@ -266,6 +288,12 @@ enum Start {
 impl LayerOpening {
     async fn open(self) -> Result<Arc<LazyLayer>, LayerError> {
         let promise = Promise::read(&self.descriptor.annotations).map_err(|error| self.refused(error.into()))?;
+        if let Some(beside) = promise.index_beside() {
+            return self.open_beside(promise, beside).await;
+        }
+        if promise.is_empty() && self.descriptor.size <= self.options.plain_bytes {
+            return self.open_plain().await;
+        }
         if promise.is_empty() && self.options.trust == Trust::Vouched {
             return Err(self.without_promise().await?);
         }
@@ -285,7 +313,7 @@ impl LayerOpening {
         let _turn = self.turn(range).await;
         let tail = self.fetch(range).await?;
         Ok(match footer::detect(&tail, size) {
-            Some(Kind::ExternalToc) => not_supported(layer, Kind::ExternalToc),
+            Some(Kind::ExternalToc | Kind::Soci) => not_supported(layer, Kind::ExternalToc),
             Some(Kind::ZstdChunkedContainers) => {
                 LayerError::Unvouched { layer, annotation: "io.github.containers.zstd-chunked.manifest-checksum" }
             }
@@ -314,7 +342,7 @@ impl LayerOpening {
                 match self.compute(move || opening.supply(&bytes)).await? {
                     Ok(Step::Read(next, next_range)) => (opening, range) = (next, next_range),
                     Ok(Step::Done(index, opened)) => {
-                        return Ok(Indexed { index, opened, promise, tail, fresh: true });
+                        return Ok(Indexed { index, opened, promise, tail, fresh: true, windows: None });
                     }
                     Err(error) => break self.refused(error),
                 }
@@ -342,7 +370,7 @@ impl LayerOpening {
         let promise = promise.clone();
         let replay = move || {
             let (index, opened, tail) = kept::replay(&directory, size, promise.clone(), trust, &limits)?;
-            Some(Indexed { index, opened, promise, tail, fresh: false })
+            Some(Indexed { index, opened, promise, tail, fresh: false, windows: None })
         };
         Ok(match self.compute(replay).await? {
             Some(indexed) => Start::Opened(Box::new(indexed)),
@@ -351,11 +379,12 @@ impl LayerOpening {
     }
 
     /// Opens the local files.
-    async fn finish(self, indexed: Indexed) -> Result<Arc<LazyLayer>, LayerError> {
+    pub(crate) async fn finish(self, indexed: Indexed) -> Result<Arc<LazyLayer>, LayerError> {
         let layer = self.descriptor.digest;
-        let Indexed { index, opened, promise, tail, fresh } = indexed;
-        let vouched = opened.vouched && index.extents().iter().all(|extent| extent.digest.is_some());
-        if !vouched && self.options.trust == Trust::Vouched {
+        let Indexed { index, opened, promise, tail, fresh, windows } = indexed;
+        let vouched = opened.vouched && index.is_digested();
+        // What is beside the layer was let in by who vouches for it.
+        if !vouched && self.options.trust == Trust::Vouched && windows.is_none() {
             // The machine has refused it before it came here.
             return Err(LayerError::Unvouched { layer, annotation: TOC_DIGEST_ANNOTATION });
         }
@@ -364,7 +393,7 @@ impl LayerOpening {
         let directory = self.store.directory(&layer, &opened.identity, unverified_from);
         let store = self.store.clone();
         let work = move || -> Result<_, StoreError> {
-            if fresh && vouched {
+            if fresh && vouched && !index.has_spans() {
                 let _room = store.room(tail.saved_bytes())?;
                 tail.save(&directory)?;
                 kept::save_promise(&directory, size, &promise)?;
@@ -388,6 +417,7 @@ impl LayerOpening {
             opened,
             vouched,
             cache,
+            windows,
             source: self.source,
             schedule: Arc::clone(self.store.schedule()),
             policy: self.options.policy,
@@ -424,7 +454,10 @@ impl LayerOpening {
 
     /// Does something that takes the processor, and memory for a whole table of contents: no more of them at once than
     /// there are processors.
-    async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> Result<T, LayerError> {
+    pub(crate) async fn compute<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, LayerError> {
         let place = self.store.schedule().decoder(Urgency::Demand).await;
         let work = move || {
             let result = work();
@@ -435,7 +468,7 @@ impl LayerOpening {
         tokio::task::spawn_blocking(work).await.map_err(|_| LayerError::Interrupted { layer })
     }
 
-    fn corrupt(&self, detail: String) -> LayerError {
+    pub(crate) fn corrupt(&self, detail: String) -> LayerError {
         LayerError::Corrupt { layer: self.descriptor.digest, detail }
     }
 

@@ -4,7 +4,7 @@
 //! this module and nothing else.
 
 use loris_format::{
-    index::{Frame, FrameId},
+    index::{Codec, Frame, FrameId},
     position::{BlobOffset, BlobRange},
 };
 use loris_oci::link::Link;
@@ -125,6 +125,10 @@ pub struct Request {
 #[must_use]
 pub fn fetched_range(frame: &Frame) -> BlobRange {
     const HEADERS: u64 = 1 << 20;
+    // What is stored is as long as it is, and a span is hashed as a whole.
+    if matches!(frame.codec, Codec::Stored | Codec::Deflate) {
+        return frame.range;
+    }
     let enough = frame.decoded_length.saturating_mul(2).saturating_add(HEADERS);
     BlobRange { start: frame.range.start, length: frame.range.length.min(enough) }
 }
@@ -169,11 +173,13 @@ pub fn plan(
 pub(crate) fn go_on(requests: &mut Vec<Request>, wanted: &[FrameId]) -> Option<u64> {
     let [.., last, ahead] = &mut requests[..] else { return None };
     let is_ahead = ahead.frames.iter().all(|frame| wanted.binary_search(frame).is_err());
-    if !is_ahead || ahead.range.start != last.range.end() {
+    // Neighbouring spans share a byte.
+    let begins_behind = ahead.range.start <= last.range.end() && ahead.range.end() > last.range.end();
+    if !is_ahead || !begins_behind {
         return None;
     }
     let waited = last.range.length;
-    last.range.length += ahead.range.length;
+    last.range = through(last.range.start, ahead.range);
     last.frames.append(&mut ahead.frames);
     requests.pop();
     Some(waited)
@@ -182,7 +188,7 @@ pub(crate) fn go_on(requests: &mut Vec<Request>, wanted: &[FrameId]) -> Option<u
 /// Says whether a request may grow to take in a further range, at most `gap` bytes behind its end.
 fn fits(open: BlobRange, next: BlobRange, gap: u64, policy: &FetchPolicy) -> bool {
     let grown = through(open.start, next);
-    next.start.0 - open.end().0 <= gap && grown.length <= policy.max_request_bytes
+    next.start.0.saturating_sub(open.end().0) <= gap && grown.length <= policy.max_request_bytes
 }
 
 fn through(start: BlobOffset, last: BlobRange) -> BlobRange {
@@ -220,7 +226,7 @@ mod tests {
     use super::*;
 
     fn frame(start: u64, length: u64) -> Frame {
-        Frame { range: BlobRange { start: BlobOffset(start), length }, codec: Codec::Stored, decoded_length: length }
+        Frame { range: BlobRange { start: BlobOffset(start), length }, codec: Codec::Gzip, decoded_length: length }
     }
 
     fn ids(numbers: &[u32]) -> Vec<FrameId> {

@@ -194,7 +194,7 @@ fn in_pieces(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Verdict, Ensure
     if absent > MOST_ABSENT_BYTES.max(layer.descriptor().size / 16) {
         return Ok(Verdict::Unproven(format!("{absent} bytes of the blob would have to be fetched for it")));
     }
-    let verdict = examine(layer, stream);
+    let verdict = examine(layer, stream, None);
     match take(&failure) {
         Some(error) => Err(error),
         None => Ok(verdict),
@@ -225,8 +225,9 @@ fn of_blob_once(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Finding, Ens
         piece: Bytes::new(),
     };
     let blob = RefCell::new(Hashed { inner: reader, hasher: layer.digest().hasher() });
+    let mut damaged = Vec::new();
     let verdict = match Decoder::new(Lent(&blob)) {
-        Ok(tar) => examine(layer, tar),
+        Ok(tar) => examine(layer, tar, Some(&mut damaged)),
         Err(error) => unreadable(&io::Error::other(error)),
     };
     if let Some(error) = take(&failure) {
@@ -242,13 +243,30 @@ fn of_blob_once(layer: &Arc<LazyLayer>, runtime: &Handle) -> Result<Finding, Ens
     if found != *layer.digest() {
         return Err(EnsureError::AnotherBlob { layer: *layer.digest(), place: layer.source.name(), found });
     }
+    forget(layer, &damaged)?;
     Ok(Finding { verdict, of_blob: true })
 }
 
-/// Compares a tar with the layer's index, and hashes it.
-fn examine(layer: &LazyLayer, tar: impl Read) -> Verdict {
+/// Forgets extents without digest whose content is another in the blob.
+fn forget(layer: &Arc<LazyLayer>, damaged: &[usize]) -> Result<(), EnsureError> {
+    let Some(&first) = damaged.first() else { return Ok(()) };
+    layer.cache.forget(damaged).map_err(|error| layer.file_error(error))?;
+    let extent = layer.extent(first);
+    Err(EnsureError::Mismatch {
+        layer: *layer.digest(),
+        path: path_of(layer.index(), extent.node),
+        offset: extent.file_offset,
+        length: extent.length,
+        expected: *layer.digest(),
+    })
+}
+
+/// Compares a tar with the layer's index, and hashes it. Extents without digest whose content in the data file is another
+/// are `damaged`, where the tar does not come from there itself.
+fn examine(layer: &LazyLayer, tar: impl Read, damaged: Option<&mut Vec<usize>>) -> Verdict {
     let mut hashed = Hashed { inner: tar, hasher: Hasher::sha256() };
-    let found = agreement::compare(&mut hashed, layer.index(), &layer.limits).and_then(|differences| {
+    let data = damaged.map(|damaged| (layer.data_file(), damaged));
+    let found = agreement::compare(&mut hashed, layer.index(), &layer.limits, data).and_then(|differences| {
         io::copy(&mut hashed, &mut io::sink())?;
         Ok(differences)
     });
@@ -355,13 +373,14 @@ impl<'a> TarStream<'a> {
         let mut segments = VecDeque::new();
         let mut at = 0;
         for (frame, id) in layer.index().frames().iter().zip(0..) {
-            segments.extend(between(at, frame.range.start.0));
+            // What is in no span is the header of the first gzip member.
+            segments.extend(between(at, frame.range.start.0).filter(|_| !layer.index().has_spans()));
             segments.push_back(Segment::Frame(FrameId(id)));
             at = frame.range.end().0;
         }
         // The skippable frames behind the tar of zstd:chunked are nothing to whoever decodes it.
         let end = if layer.opened().kind.is_zstd() { layer.opened().payload_end.0 } else { size };
-        segments.extend(between(at, end));
+        segments.extend(between(at, end).filter(|_| !layer.index().has_spans()));
         let tail = Tail::load(layer.directory(), size, layer.limits.toc_bytes).unwrap_or_default();
         Ok(Self {
             layer,
@@ -412,7 +431,22 @@ impl<'a> TarStream<'a> {
             left: range,
             piece: Bytes::new(),
         };
+        if let (Segment::Frame(frame), true) = (segment, self.layer.index().has_spans()) {
+            return self.span(frame, blob);
+        }
         Ok(Current::Decoding(Box::new(Decoder::new(blob).map_err(io::Error::other)?)))
+    }
+
+    /// Fetches a span that nobody has asked for: one that holds no content, or whose record was lost.
+    fn span(&mut self, frame: FrameId, mut blob: BlobReader) -> io::Result<Current> {
+        let memory = self.memory(self.layer.index().span(frame).map_or(0, |span| span.length));
+        let mut compressed = Vec::new();
+        blob.read_to_end(&mut compressed)?;
+        match self.layer.decode_span(&mut self.decoder, frame, &compressed, true) {
+            Ok((decoded, true)) => Ok(Current::Bytes { bytes: decoded.into(), _memory: memory }),
+            Ok((_, false)) => Err(io::Error::other("a span can't be decoded to its end")),
+            Err(fault) => Err(io::Error::other(fault)),
+        }
     }
 
     /// Waits for memory, where much is needed.

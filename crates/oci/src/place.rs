@@ -29,6 +29,24 @@ pub trait ImageSource: Send + Sync {
     /// ([`loris_format::limits::Limits::manifest_bytes`], `config_bytes`).
     async fn document(&self, descriptor: &Descriptor) -> Result<Document, Error>;
 
+    /// Returns a manifest of which only the digest is known. The name must lead to an index that has it, unless the place
+    /// finds manifests by their digests.
+    async fn manifest_named(&self, digest: &Digest) -> Result<Document, Error> {
+        let root = self.root().await?;
+        if root.digest == *digest {
+            return Ok(root);
+        }
+        let limits = loris_format::limits::Limits::default();
+        let entries = match root.parse_kind(&limits)? {
+            crate::document::Kind::Index(index) => index.manifests,
+            crate::document::Kind::Manifest(_) => Vec::new(),
+        };
+        match entries.iter().find(|entry| entry.digest == *digest) {
+            Some(descriptor) => self.document(descriptor).await,
+            None => Err(Error::NotFound { what: format!("manifest {digest}"), place: self.name() }),
+        }
+    }
+
     /// Returns a blob, from its first byte. Verified as it passes; resumed where the connection breaks.
     async fn blob(&self, descriptor: &Descriptor) -> Result<BlobStream, Error>;
 

@@ -371,13 +371,20 @@ async fn candidates(
             continue;
         }
         let is_manifest = media_type::is_manifest(&descriptor.media_type);
+        // An index of SOCI has the platform of the image that it is for.
+        if descriptor
+            .artifact_type
+            .as_deref()
+            .is_some_and(|kind| !kind.is_empty() && !media_type::is_image_config(kind))
+        {
+            continue;
+        }
         match &descriptor.platform {
             Some(platform) if platform.os == "unknown" => continue,
             Some(platform) if is_manifest && !platform.architecture.is_empty() => {
                 found.push(Candidate { platform: platform.clone(), descriptor });
                 continue;
             }
-            _ if is_manifest && descriptor.artifact_type.is_some() => continue,
             _ => {}
         }
         lookups += 1;

@@ -20,7 +20,9 @@ use loris_format::{
     estargz::toc::TOC_DIGEST_ANNOTATION,
     opening::Promise,
 };
-use loris_lazy::{LayerError, LazyLayer, OpenOptions, Store, documents::Remembering, open::open_layer};
+use loris_lazy::{
+    LayerError, LazyLayer, OpenOptions, Store, beside::with_indexes, documents::Remembering, open::open_layer,
+};
 use loris_oci::{
     Descriptor, ImageSource, Reference,
     document::{ImageConfig, Manifest},
@@ -343,7 +345,8 @@ impl Images {
         let source: Arc<dyn ImageSource> = Arc::new(Remembering::new(source, &self.store));
         let limits = self.settings().open.limits.clone();
         let failed = |error: loris_oci::Error| Fallback { kind: FallbackKind::Registry, reason: error.to_string() };
-        let (_, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(failed)?;
+        let (document, manifest) = resolve_manifest(&*source, None, &limits).await.map_err(failed)?;
+        let manifest = with_indexes(&*source, manifest, &document.digest, &self.store, &self.settings().open).await;
         let found = began.elapsed();
         let config = Self::config(Arc::clone(&source), manifest.clone(), limits).boxed().shared();
         tokio::spawn(config.clone());

@@ -55,6 +55,7 @@ const FLAGS: &[(&str, &str, Says, Option<&str>)] = &[
     ("engine", "engine", Says::Text, Some("LORIS_ENGINE")),
     ("mount_option", "mount_options", Says::Text, None),
     ("allow_unverified", "allow_unverified", Says::Is(true), None),
+    ("index_trust", "index_trust", Says::Text, Some("LORIS_INDEX_TRUST")),
     ("memory", "memory", Says::Text, None),
     ("metrics_address", "metrics_address", Says::Text, None),
     ("cache_dir", "cache.dir", Says::Text, Some("LORIS_CACHE_DIR")),
@@ -143,7 +144,8 @@ impl Configured {
 
     pub(super) fn open(&self) -> OpenOptions {
         let trust = if self.settings().allow_unverified { Trust::Anything } else { Trust::Vouched };
-        OpenOptions { trust, policy: FetchPolicy::MOUNT, ..OpenOptions::default() }
+        let index_trust = self.settings().index_trust;
+        OpenOptions { trust, index_trust, policy: FetchPolicy::MOUNT, ..OpenOptions::default() }
     }
 
     pub(super) fn patience(&self) -> Duration {

@@ -25,4 +25,5 @@ mod podman;
 mod prefetch;
 mod rootfs;
 mod snapshotter;
+mod soci;
 mod stopped;

@@ -531,7 +531,7 @@ impl<W: Write> Output<'_, W> {
             blob_size: blob.size,
             diff_id: about.diff_id.unwrap_or_else(|| DiffId(self.tar.finish())),
             toc_digest,
-            promise: Promise { toc: promised_toc, zstd_chunked },
+            promise: Promise { toc: promised_toc, zstd_chunked, beside: None },
             uncompressed_size: self.tar_bytes,
             entries: about.entries,
             source_diff_id: about.source_diff_id,

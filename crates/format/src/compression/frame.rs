@@ -56,6 +56,7 @@ impl FrameDecoder {
                 None => gzip_prefix(compressed, length),
             },
             Codec::Zstd => self.zstd_prefix(compressed, length),
+            Codec::Deflate => Err(NEEDS_WINDOW),
         }
     }
 
@@ -77,6 +78,7 @@ impl FrameDecoder {
             Codec::Stored => (compressed.len() <= most).then(|| compressed.to_vec()),
             Codec::Gzip => self.one_member(compressed, most).or_else(|| gzip_all(compressed, most)),
             Codec::Zstd => self.zstd_all(compressed, most),
+            Codec::Deflate => None,
         };
         match all {
             Some(decoded) if decoded.len() as u64 >= decoded_length => Ok((decoded, true)),
@@ -163,6 +165,10 @@ impl FrameDecoder {
         enough(decoded, length, found)
     }
 }
+
+/// What [`super::SpanDecoder`] is for.
+const NEEDS_WINDOW: Error =
+    Error::Corrupt { compression: "deflate", offset: 0, problem: "a span can't be decoded without its window" };
 
 impl Default for FrameDecoder {
     fn default() -> Self {

@@ -8,7 +8,7 @@ pub(super) const MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// The shortest header, and every header that we write.
 pub(super) const HEADER_BYTES: usize = 10;
 /// CRC-32 and decoded length, four bytes each.
-pub(super) const TRAILER_BYTES: usize = 8;
+pub(crate) const TRAILER_BYTES: usize = 8;
 
 /// Decodes gzip members, one at a time, piece by piece, with their headers and checksums.
 pub(super) struct Inflate(Decompress);

@@ -16,7 +16,7 @@ pub(super) fn is_magic(start: &[u8]) -> bool {
 }
 
 /// Returns a context that refuses large windows.
-pub(super) fn decoder() -> DCtx<'static> {
+pub(crate) fn decoder() -> DCtx<'static> {
     let mut context = DCtx::create();
     // It can only fail in the middle of a frame or out of the range of 10 to 31; it is the default, too.
     let _ = context.set_parameter(DParameter::WindowLogMax(WINDOW_LOG_MAX));
@@ -24,7 +24,7 @@ pub(super) fn decoder() -> DCtx<'static> {
 }
 
 /// Makes an error of zstd's code.
-pub(super) fn error(code: zstd_safe::ErrorCode, offset: u64) -> Error {
+pub(crate) fn error(code: zstd_safe::ErrorCode, offset: u64) -> Error {
     if zstd_safe::is_error_kind(code, ZSTD_ErrorCode::ZSTD_error_frameParameter_windowTooLarge) {
         return Error::Window { offset, window_log_max: WINDOW_LOG_MAX };
     }

@@ -75,6 +75,8 @@ pub enum Kind {
     ZstdChunkedStargz,
     /// zstd:chunked as containers/storage writes it: Podman, Buildah, Skopeo.
     ZstdChunkedContainers,
+    /// An ordinary layer beside which there is a SOCI index. Its bytes don't tell.
+    Soci,
 }
 
 impl Kind {
@@ -93,6 +95,7 @@ impl Kind {
             Self::ExternalToc => "eStargz with external table of contents",
             Self::ZstdChunkedStargz => "zstd:chunked (stargz-snapshotter)",
             Self::ZstdChunkedContainers => "zstd:chunked (containers/storage)",
+            Self::Soci => "tar with a SOCI index",
         }
     }
 }

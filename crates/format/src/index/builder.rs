@@ -10,11 +10,11 @@
 
 use std::ops::Range;
 
-use super::{Codec, LayerIndex, Timestamp, Xattrs};
+use super::{Codec, LayerIndex, Span, Timestamp, Xattrs};
 use crate::{
     digest::Digest,
     limits::Limits,
-    position::{BlobOffset, FileOffset},
+    position::{BlobOffset, BlobRange, FileOffset},
 };
 
 mod error;
@@ -102,6 +102,17 @@ pub struct NewChunk {
     pub digest: Option<Digest>,
 }
 
+/// A span of the blob, see [`Span`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NewSpan {
+    /// Where it stands in the blob.
+    pub range: BlobRange,
+    /// How it is decoded.
+    pub codec: Codec,
+    /// What else it is.
+    pub span: Span,
+}
+
 /// What to do about content that no digest covers.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum MissingDigest {
@@ -122,6 +133,8 @@ pub struct IndexBuilder {
     nodes: Vec<Draft>,
     names: Names,
     chunks: Vec<NewChunk>,
+    /// The frames, where they are known beforehand.
+    spans: Vec<NewSpan>,
     open: Option<OpenFile>,
     /// The number and the name of the last entry.
     last_entry: u64,
@@ -203,12 +216,20 @@ impl IndexBuilder {
             nodes: vec![Draft::implied(ROOT, 0, 0)],
             names: Names::default(),
             chunks: Vec::new(),
+            spans: Vec::new(),
             open: None,
             last_entry: 0,
             last_name: Vec::new(),
             last_directory: None,
             followed_bytes: 0,
         }
+    }
+
+    /// Starts an index whose frames are spans: chunks name them by where they start. They must be in the order of the blob,
+    /// each beginning behind the beginning of the one before, and end before `payload_end`. Chunks need no digest.
+    #[must_use]
+    pub fn of_spans(payload_end: BlobOffset, spans: Vec<NewSpan>, limits: Limits) -> Self {
+        Self { spans, ..Self::new(payload_end, MissingDigest::Allow, limits) }
     }
 
     /// Says how frames are decoded: they are gzip members where nothing is said.

@@ -23,6 +23,74 @@ pub struct Promise {
     pub toc: Option<Digest>,
     /// That the layer is zstd:chunked.
     pub zstd_chunked: Option<ZstdChunked>,
+    /// That there is an index beside the layer, which is as it always was. Counts where nothing else is promised.
+    pub beside: Option<Beside>,
+}
+
+/// An index beside a layer: a ztoc.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Beside {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its bytes.
+    pub size: u64,
+    /// Who vouches for it.
+    pub voucher: Voucher,
+}
+
+/// Who says that an index is that of a layer: the one who vouches most comes first.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub enum Voucher {
+    /// This machine has made it of the layer.
+    Node,
+    /// The image's manifest, as for all that it names.
+    Manifest,
+    /// Whoever may write to the image's repository.
+    Repository,
+    /// Whoever may write to another one.
+    Elsewhere,
+}
+
+impl Voucher {
+    const ALL: [(Self, &str); 4] = [
+        (Self::Node, "node"),
+        (Self::Manifest, "manifest"),
+        (Self::Repository, "repository"),
+        (Self::Elsewhere, "elsewhere"),
+    ];
+
+    /// A word for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        Self::ALL.iter().find(|(voucher, _)| *voucher == self).map_or("elsewhere", |(_, name)| name)
+    }
+}
+
+/// Annotation of a layer's descriptor: the ztoc beside it, `DIGEST SIZE VOUCHER`. Readers add it to a view of the manifest
+/// when they have found one; in a manifest it is as good as any other word of it.
+pub const BESIDE_ANNOTATION: &str = "org.loris.index";
+
+impl std::str::FromStr for Beside {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let malformed = || format!("{text:?} is not what it should be, DIGEST SIZE VOUCHER");
+        let mut words = text.split(' ');
+        let (digest, size, voucher) = (words.next(), words.next(), words.next());
+        let voucher = Voucher::ALL.iter().find(|(_, name)| Some(*name) == voucher).map(|(voucher, _)| *voucher);
+        let digest = digest.and_then(|digest| digest.parse().ok()).ok_or_else(malformed)?;
+        let size = size.and_then(|size| size.parse().ok()).ok_or_else(malformed)?;
+        match (voucher, words.next()) {
+            (Some(voucher), None) => Ok(Self { digest, size, voucher }),
+            _ => Err(malformed()),
+        }
+    }
+}
+
+impl std::fmt::Display for Beside {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {} {}", self.digest, self.size, self.voucher.name())
+    }
 }
 
 /// That a layer is zstd:chunked.
@@ -105,7 +173,7 @@ impl Promise {
     /// Promises eStargz with a table of contents of this digest; nothing where there is none.
     #[must_use]
     pub fn estargz(toc: Option<Digest>) -> Self {
-        Self { toc, zstd_chunked: None }
+        Self { toc, ..Self::default() }
     }
 
     /// Reads the annotations of a layer's descriptor.
@@ -128,21 +196,28 @@ impl Promise {
             Some(ZstdChunked { family: family @ Family::Containers, .. }) if toc.is_some() => {
                 Err(two(TOC_DIGEST_ANNOTATION.to_owned(), family.checksum_annotation()))
             }
-            _ => Ok(Self { toc, zstd_chunked }),
+            _ => Ok(Self { toc, zstd_chunked, beside: beside(annotations)? }),
         }
     }
 
-    /// Says whether there is nothing to go by.
+    /// Says whether there is nothing to go by in the blob itself.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.toc.is_none() && self.zstd_chunked.is_none()
+    }
+
+    /// Returns the index beside the layer, where that is what counts.
+    #[must_use]
+    pub fn index_beside(&self) -> Option<Beside> {
+        self.beside.filter(|_| self.is_empty())
     }
 
     /// Returns the digest that vouches for the index, which is part of the layer's name wherever indexes are kept: the same
     /// blob with another table is another layer.
     #[must_use]
     pub fn identity(&self) -> Option<Digest> {
-        self.toc.or_else(|| self.zstd_chunked.as_ref().map(|promise| promise.checksum))
+        let inside = self.toc.or_else(|| self.zstd_chunked.as_ref().map(|promise| promise.checksum));
+        inside.or_else(|| self.beside.map(|beside| beside.digest))
     }
 
     /// Returns the annotations that say this.
@@ -162,8 +237,16 @@ impl Promise {
                 annotations.insert(family.tar_split_annotation(), position_text(position));
             }
         }
+        if let Some(beside) = self.beside {
+            annotations.insert(BESIDE_ANNOTATION.to_owned(), beside.to_string());
+        }
         annotations
     }
+}
+
+fn beside(annotations: &BTreeMap<String, String>) -> Result<Option<Beside>, PromiseError> {
+    let malformed = |problem| PromiseError::Malformed { annotation: BESIDE_ANNOTATION.to_owned(), problem };
+    annotations.get(BESIDE_ANNOTATION).map(|text| text.parse().map_err(malformed)).transpose()
 }
 
 impl ZstdChunked {

@@ -164,6 +164,17 @@ impl Records {
     }
 }
 
+/// Returns the extended attributes that some records say.
+pub(crate) fn attributes<'a>(records: impl Iterator<Item = (&'a [u8], &'a [u8])>) -> Result<Xattrs, &'static str> {
+    let mut found = Records::default();
+    for (keyword, value) in records {
+        if [XATTR, XATTR_BASE64].iter().any(|prefix| keyword.starts_with(prefix)) {
+            found.set(keyword, value).map_err(|(_, problem)| problem)?;
+        }
+    }
+    Ok(found.into_xattrs())
+}
+
 impl Sparse {
     fn set(&mut self, keyword: &[u8], value: &[u8]) -> Result<(), Problem> {
         match keyword {
@@ -194,7 +205,7 @@ impl Sparse {
 }
 
 /// Takes the next record off `rest`.
-fn next<'a>(rest: &mut &'a [u8]) -> Result<(&'a [u8], &'a [u8]), &'static str> {
+pub(super) fn next<'a>(rest: &mut &'a [u8]) -> Result<(&'a [u8], &'a [u8]), &'static str> {
     /// Digits of the longest length: more are no length that fits into an archive.
     const LENGTH_DIGITS: usize = 19;
     let space = rest.iter().take(LENGTH_DIGITS + 1).position(|&byte| byte == b' ').ok_or("no length")?;

@@ -6,7 +6,7 @@ use std::{
 };
 
 use super::{
-    BLOCK_BYTES, Entry, Error,
+    BLOCK_BYTES, Entry, Error, RawHeader,
     header::{self, Block},
     pax::{Records, Scope},
     sparse::{Cursor, Piece},
@@ -14,6 +14,8 @@ use super::{
 use crate::limits::Limits;
 
 mod entry;
+
+pub(super) use entry::number;
 
 /// Content is passed over in pieces of this size.
 const SKIP_BYTES: usize = 64 << 10;
@@ -40,6 +42,8 @@ pub struct Reader<R> {
     link_body: u64,
     state: State,
     scratch: Box<[u8]>,
+    /// What the last entry's headers say word for word, where somebody wants to know.
+    raw: Option<RawHeader>,
 }
 
 /// What is left of the current entry's content in the archive.
@@ -80,7 +84,20 @@ impl<R: Read> Reader<R> {
             link_body: 0,
             state: State::Open,
             scratch: vec![0; SKIP_BYTES].into(),
+            raw: None,
         }
+    }
+
+    /// Keeps what the headers of each entry say word for word, see [`Reader::raw`].
+    #[must_use]
+    pub fn keeping_raw(mut self) -> Self {
+        self.raw = Some(RawHeader::default());
+        self
+    }
+
+    /// Returns what the last entry's headers say word for word, if that is [kept](Reader::keeping_raw).
+    pub fn raw(&self) -> Option<&RawHeader> {
+        self.raw.as_ref()
     }
 
     /// Passes over what is left of the current entry's content and returns the next entry, or `None` at the end.
@@ -123,6 +140,9 @@ impl<R: Read> Reader<R> {
     }
 
     fn advance(&mut self) -> Result<Option<Entry>, Error> {
+        if let Some(raw) = &mut self.raw {
+            raw.records.clear();
+        }
         let left = mem::take(&mut self.body);
         // Two steps: the sum of two hostile numbers could overflow.
         self.skip(left.stored, "content")?;
@@ -152,6 +172,9 @@ impl<R: Read> Reader<R> {
                     let mut found = self.globals.clone();
                     found.apply(&records, Scope::Local, offset, &self.limits)?;
                     metadata.records = Some(found);
+                    if let Some(raw) = &mut self.raw {
+                        raw.set_records(&records);
+                    }
                 }
                 b'g' => {
                     let mut budget = self.limits.tar_metadata_bytes.saturating_sub(self.globals_bytes);

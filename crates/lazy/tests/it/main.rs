@@ -14,6 +14,7 @@ mod quota;
 mod read;
 mod restart;
 mod source;
+mod spans;
 mod zstd_chunked;
 
 use std::{

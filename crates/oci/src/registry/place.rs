@@ -84,6 +84,10 @@ impl ImageSource for RegistrySource {
         self.repository.document(descriptor).await
     }
 
+    async fn manifest_named(&self, digest: &Digest) -> Result<Document, Error> {
+        self.repository.manifest(ManifestName::Digest(digest)).await
+    }
+
     async fn blob(&self, descriptor: &Descriptor) -> Result<BlobStream, Error> {
         Ok(self.repository.blob(descriptor))
     }

@@ -3,6 +3,7 @@
 
 use std::{num::NonZeroU64, path::PathBuf, time::Duration};
 
+use loris_lazy::IndexTrust;
 use loris_mount::engine::Engine;
 
 use super::{
@@ -14,6 +15,7 @@ use super::{
 pub const FORMATS: &[&str] = &["estargz", "zstdchunked"];
 const ENGINES: &[&str] = &["fanotify", "erofs-fuse", "erofs-loop", "fuse"];
 const WHENS: &[&str] = &["always", "idle", "never"];
+const TRUSTS: &[&str] = &["manifest", "repository", "any"];
 const LOG_FORMATS: &[&str] = &["text", "json"];
 const DAY: i64 = 86_400;
 
@@ -69,6 +71,7 @@ pub const KEYS: &[Key] = &[
     key!("engine", Kind::Choice(ENGINES), restart, engine / of_engine, engine),
     key!("mount_options", Kind::Texts, restart, texts / of_texts, mount_options),
     key!("allow_unverified", Kind::Boolean, live, boolean / of_boolean, allow_unverified),
+    key!("index_trust", Kind::Choice(TRUSTS), live, trust / of_trust, index_trust),
     key!("formats", Kind::Choices(FORMATS), restart, texts / of_texts, formats),
     key!("memory", Kind::Size, restart, size / of_size, memory),
     key!("metrics_address", Kind::Text, restart, some_text / of_some_text, metrics_address),
@@ -193,6 +196,14 @@ fn when(value: Value) -> When {
     }
 }
 
+fn trust(value: Value) -> IndexTrust {
+    match text(value).as_str() {
+        "repository" => IndexTrust::Repository,
+        "any" => IndexTrust::Any,
+        _ => IndexTrust::Manifest,
+    }
+}
+
 fn engine(value: Value) -> Option<Engine> {
     text(value).parse().ok()
 }
@@ -254,6 +265,14 @@ fn of_when(value: &When) -> Option<Value> {
         When::Always => "always",
         When::Idle => "idle",
         When::Never => "never",
+    })
+}
+
+fn of_trust(value: &IndexTrust) -> Option<Value> {
+    of_text(match value {
+        IndexTrust::Manifest => "manifest",
+        IndexTrust::Repository => "repository",
+        IndexTrust::Any => "any",
     })
 }
 

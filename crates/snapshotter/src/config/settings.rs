@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, num::NonZeroU64, path::PathBuf, time::Duration};
 
+use loris_lazy::IndexTrust;
 use loris_mount::engine::Engine;
 
 use crate::keychain::{cri, kube, provider};
@@ -29,6 +30,8 @@ pub struct Settings {
     pub mount_options: Vec<String>,
     /// Whether layers are served whose content no digest in the manifest vouches for.
     pub allow_unverified: bool,
+    /// Whose word counts for an index beside a layer.
+    pub index_trust: IndexTrust,
     /// Which lazy formats count, the preferred first.
     pub formats: Vec<String>,
     /// Most bytes of memory for what was fetched and is not on the disk yet.
@@ -144,6 +147,7 @@ impl Default for Settings {
             engine: None,
             mount_options: Vec::new(),
             allow_unverified: false,
+            index_trust: IndexTrust::Manifest,
             formats: vec!["estargz".to_owned(), "zstdchunked".to_owned()],
             memory: 128 << 20,
             metrics_address: None,

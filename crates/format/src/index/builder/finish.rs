@@ -58,7 +58,8 @@ pub(super) fn finish(mut builder: IndexBuilder) -> Result<LayerIndex, IndexError
     }
     let Laid { extents, frames, by_frame, frame_extents, data_length, .. } = laid;
     let prefetch = Prefetch::Unspecified;
-    Ok(LayerIndex { nodes, implied, extents, frames, by_frame, frame_extents, data_length, prefetch })
+    let spans = builder.spans.iter().map(|new| new.span).collect();
+    Ok(LayerIndex { nodes, implied, extents, frames, by_frame, frame_extents, spans, data_length, prefetch })
 }
 
 /// Goes through the tree from its root, resolves the names that wait for a link's target, and returns how many links
@@ -127,7 +128,7 @@ fn resolve(builder: &mut IndexBuilder, link: u32) -> Result<u32, IndexError> {
 }
 
 fn lay_out(builder: &IndexBuilder, live: &[u32]) -> Result<Laid, IndexError> {
-    let mut layout = Layout::new(builder.payload_end, builder.codec, &builder.chunks);
+    let mut layout = Layout::new(builder.payload_end, builder.codec, &builder.chunks, &builder.spans);
     for (number, draft) in (0..).zip(live) {
         if let DraftKind::Regular { chunks, .. } = &builder.nodes[*draft as usize].kind
             && !chunks.is_empty()

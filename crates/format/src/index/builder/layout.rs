@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{NewChunk, Problem};
+use super::{NewChunk, NewSpan, Problem};
 use crate::{
     index::{Codec, Extent, Frame, FrameId, NodeId},
     position::{BlobOffset, BlobRange, DATA_ALIGNMENT, DataOffset},
@@ -26,6 +26,7 @@ pub(super) struct Layout<'a> {
     payload_end: u64,
     codec: Codec,
     chunks: &'a [NewChunk],
+    spans: &'a [NewSpan],
     files: Vec<File>,
 }
 
@@ -43,9 +44,10 @@ pub(super) struct Laid {
 }
 
 impl<'a> Layout<'a> {
-    /// `chunks` are all chunks of the layer, also those of files that are not added: they tell where frames start.
-    pub(super) fn new(payload_end: u64, codec: Codec, chunks: &'a [NewChunk]) -> Self {
-        Self { payload_end, codec, chunks, files: Vec::new() }
+    /// `chunks` are all chunks of the layer, also those of files that are not added: they tell where frames start, where
+    /// there are no `spans`.
+    pub(super) fn new(payload_end: u64, codec: Codec, chunks: &'a [NewChunk], spans: &'a [NewSpan]) -> Self {
+        Self { payload_end, codec, chunks, spans, files: Vec::new() }
     }
 
     /// Adds a file of at least one chunk.
@@ -59,7 +61,50 @@ impl<'a> Layout<'a> {
         let (extents, places, data_length) = self.extents()?;
         // Extents hold no place in the blob until their frame is known; `sources` says which chunk each is.
         let sources: Vec<&NewChunk> = self.files.iter().flat_map(|file| &chunks[file.chunks.clone()]).collect();
+        if !self.spans.is_empty() {
+            return self.spans(extents, &sources, places, data_length);
+        }
         self.frames(extents, &sources, places, data_length)
+    }
+
+    /// Makes a frame of each span, also of those that hold no extent.
+    fn spans(
+        &self,
+        mut extents: Vec<Extent>,
+        sources: &[&NewChunk],
+        places: Places,
+        data_length: u64,
+    ) -> Result<Laid, (NodeId, Problem)> {
+        let frame = |new: &NewSpan| Frame { range: new.range, codec: new.codec, decoded_length: 0 };
+        let mut frames: Vec<Frame> = self.spans.iter().map(frame).collect();
+        let mut by_frame: Vec<u32> = (0..).take(extents.len()).collect();
+        by_frame.sort_by_key(|number| place(sources[*number as usize]));
+        let mut frame_extents = vec![0; frames.len() + 1];
+        for number in &by_frame {
+            let (extent, start) = (&mut extents[*number as usize], sources[*number as usize].frame);
+            let Ok(place) = self.spans.binary_search_by_key(&start, |new| new.range.start) else {
+                let end = BlobOffset(self.payload_end);
+                return Err((extent.node, Problem::OutsideBlob { offset: start, end }));
+            };
+            let (frame, span) = (&mut frames[place], &self.spans[place].span);
+            if extent.frame_offset < frame.decoded_length {
+                return Err((extent.node, Problem::Overlap { offset: start }));
+            }
+            frame.decoded_length = extent.frame_offset + extent.length;
+            let (compressed, decoded) = (frame.range.length, frame.decoded_length);
+            if decoded > span.length {
+                return Err((extent.node, Problem::FrameTooDense { offset: start, compressed, decoded }));
+            }
+            extent.frame = FrameId(u32::try_from(place).unwrap_or(u32::MAX));
+            frame_extents[place + 1] += 1;
+        }
+        for place in 1..frame_extents.len() {
+            frame_extents[place] += frame_extents[place - 1];
+        }
+        for bounds in frame_extents.windows(2) {
+            by_frame[bounds[0] as usize..bounds[1] as usize].sort_unstable();
+        }
+        Ok(Laid { extents, frames, by_frame, frame_extents, data_length, places })
     }
 
     fn extents(&self) -> Result<(Vec<Extent>, Places, u64), (NodeId, Problem)> {
@@ -95,7 +140,7 @@ impl<'a> Layout<'a> {
         data_length: u64,
     ) -> Result<Laid, (NodeId, Problem)> {
         let density = match self.codec {
-            Codec::Gzip => DEFLATE_DENSITY,
+            Codec::Gzip | Codec::Deflate => DEFLATE_DENSITY,
             Codec::Zstd => ZSTD_DENSITY,
             Codec::Stored => 1,
         };

@@ -75,6 +75,9 @@ impl<R: Read> Reader<R> {
             }
         }
 
+        if let Some(raw) = &mut self.raw {
+            raw.set_header(block, offset)?;
+        }
         let mut entry = Entry {
             path,
             kind,
@@ -209,7 +212,7 @@ pub(super) fn kind(type_flag: u8, offset: u64) -> Result<EntryKind, Error> {
     Err(Error::Unsupported { offset, type_flag, problem })
 }
 
-pub(super) fn number(field: &[u8], offset: u64, part: &'static str) -> Result<i64, Error> {
+pub(in crate::tar) fn number(field: &[u8], offset: u64, part: &'static str) -> Result<i64, Error> {
     let problem = "neither an octal nor a base-256 number in range";
     header::number(field).map_err(|_| Error::Corrupt { offset, part, problem })
 }

@@ -190,6 +190,12 @@ impl Images {
         lock(&self.resolved).clear();
     }
 
+    /// Returns what asks registries now.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.settings().client.clone()
+    }
+
     /// Where content is kept.
     #[must_use]
     pub fn store(&self) -> &Store {

@@ -67,6 +67,11 @@ impl Containerd {
         command
     }
 
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("socket")
+    }
+
     /// Brings a layout's image in, under a name.
     pub fn import(&self, layout: &Path, tag: &str, name: &str) {
         let archive = self.directory.join("import.tar");

@@ -9,6 +9,7 @@ mod away;
 mod bad_input;
 mod cache;
 mod containerd;
+mod containerd_store;
 mod content;
 mod crash;
 mod daemon_config;

@@ -14,7 +14,7 @@ use loris_oci::{
     registry::{Client, Config},
 };
 use loris_snapshotter::{
-    Daemon, ahead,
+    Daemon, ahead, content,
     daemon::{self, Started},
     keychain::{Keychains, Settings},
     listener,
@@ -285,6 +285,7 @@ async fn kubelet_is_served_on_the_snapshotters_socket_or_on_its_own() {
             keeps_address: false,
             image_service: keychains.image_service(),
             ahead: ahead::Settings { prefetch: false, complete: None },
+            content: content::Settings { complete_namespaces: Vec::new(), ..content::Settings::default() },
             mount_options: Vec::new(),
             engine: None,
             pager,

@@ -255,6 +255,7 @@ impl Daemon {
                 None => tracing::error!(lower = %key, "it stays mounted, but reads of what is not here are refused"),
             }
         }
+        server.settled();
         Ok(())
     }
 

@@ -27,6 +27,8 @@ use crate::labels::Asked;
 
 /// How long what an image's name led to counts for further layers of it.
 const RESOLVED: Duration = Duration::from_secs(120);
+/// How long a layer that could not be opened is not tried again: its image's other layers would each wait as long.
+const FAILED: Duration = Duration::from_secs(10);
 /// Most images that are kept for that.
 const MOST_RESOLVED: usize = 256;
 
@@ -161,6 +163,8 @@ type LayerOpening = Shared<BoxFuture<'static, Result<(Arc<LazyLayer>, Duration),
 struct Resolved {
     image: Opening,
     since: Instant,
+    /// When one of its layers was first found to be out of reach.
+    failed: Option<Instant>,
 }
 
 /// An image whose manifest is known and whose layers are being opened.
@@ -210,10 +214,11 @@ impl Images {
         let patience = self.settings().patience;
         match tokio::time::timeout(patience, self.find(asked)).await {
             Ok(found) => found,
-            Err(_) => Err(Fallback {
-                kind: FallbackKind::Timeout,
-                reason: format!("it could not be opened within {} s", patience.as_secs_f32()),
-            }),
+            Err(_) => {
+                self.failed(asked);
+                let reason = format!("it could not be opened within {} s", patience.as_secs_f32());
+                Err(Fallback { kind: FallbackKind::Timeout, reason })
+            }
         }
     }
 
@@ -235,7 +240,11 @@ impl Images {
             let reason = format!("the registry names another table of contents than the client's manifest, {toc}");
             return Err(Fallback::client(reason));
         }
-        let (layer, took) = opening.clone().await?;
+        let opened = opening.clone().await;
+        if let Err(LayerError::Fetch { .. }) = opened {
+            self.failed(asked);
+        }
+        let (layer, took) = opened?;
         // It was asked for beside the layers.
         let diff_id = image.diff_ids.clone().await.get(number).copied();
         let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -244,6 +253,13 @@ impl Images {
         let (reference, descriptor) = (asked.reference.clone(), descriptor.clone());
         let unvouched_from = (!layer.is_vouched()).then(|| reference.clone());
         Ok((RemoteLayer { reference, descriptor, diff_id, opening, unvouched_from }, layer))
+    }
+
+    /// Notes that a layer of an image is out of reach: what is asked for later is tried anew.
+    fn failed(&self, asked: &Asked) {
+        if let Some(resolved) = lock(&self.resolved).get_mut(&(asked.reference.clone(), asked.manifest)) {
+            resolved.failed.get_or_insert_with(Instant::now);
+        }
     }
 
     /// Opens a layer that was opened before, as after a restart: what is in the store is not asked for again.
@@ -288,7 +304,9 @@ impl Images {
         let key = (asked.reference.clone(), asked.manifest);
         let opening = {
             let mut resolved = lock(&self.resolved);
-            resolved.retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
+            resolved.retain(|_, resolved| {
+                resolved.since.elapsed() < RESOLVED && resolved.failed.is_none_or(|failed| failed.elapsed() < FAILED)
+            });
             if anew || (resolved.len() >= MOST_RESOLVED && !resolved.contains_key(&key)) {
                 resolved.remove(&key);
             }
@@ -298,6 +316,7 @@ impl Images {
             let begin = || Resolved {
                 image: Self::begin(Arc::clone(self), key.clone()).boxed().shared(),
                 since: Instant::now(),
+                failed: None,
             };
             resolved.entry(key.clone()).or_insert_with(begin).image.clone()
         };

@@ -26,4 +26,6 @@ mod podman;
 mod prefetch;
 mod rootfs;
 mod snapshotter;
+mod snapshotter_faults;
+mod snapshotter_loops;
 mod stopped;

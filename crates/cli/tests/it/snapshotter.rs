@@ -32,6 +32,7 @@ pub struct Scene {
 pub struct Snapshotter {
     pub started: Option<Child>,
     pub root: PathBuf,
+    socket: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
     /// Where metrics are.
@@ -60,8 +61,8 @@ impl Snapshotter {
         }
     }
 
-    pub fn socket(&self) -> PathBuf {
-        self.root.with_extension("sock")
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
     pub fn said(&self) -> String {
@@ -95,6 +96,12 @@ impl Snapshotter {
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// A container that runs, and where its root file system is.
+pub struct Background {
+    pub container: String,
+    pub at: PathBuf,
 }
 
 impl Drop for Scene {
@@ -142,20 +149,25 @@ impl Scene {
             return None;
         }
         let registry = DockerRegistry::start(test, &DockerRegistryOptions::default()).unwrap()?;
-        let root = place.make("snapshotter");
+        let given = more.iter().find_map(|argument| argument.strip_prefix("--root="));
+        let root = given.map_or_else(|| place.make("snapshotter"), PathBuf::from);
+        let socket = place.join("snapshotter.sock");
         let text = |path: &Path| path.display().to_string();
         let mut arguments = vec![
             format!("--root={}", text(&root)),
-            format!("--address={}", text(&root.with_extension("sock"))),
+            format!("--address={}", text(&socket)),
             format!("--cache-dir={}", text(&place.join("cache"))),
         ];
         // A port that was free a moment ago.
         let watched = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         arguments.push(format!("--metrics-address={watched}"));
+        // What is said again counts, and clap wants it once.
+        let name = |argument: &str| argument.split('=').next().unwrap_or_default().to_owned();
+        arguments.retain(|argument| !more.iter().any(|other| name(other) == name(argument)));
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
-        let mut daemon = Snapshotter { started: None, root, log: place.join("daemon.log"), arguments, watched };
+        let mut daemon = Snapshotter { started: None, root, socket, log: place.join("daemon.log"), arguments, watched };
         daemon.start();
-        let plugin = format!("[proxy_plugins.loris]\ntype = \"snapshot\"\naddress = \"{}\"\n", text(&daemon.socket()));
+        let plugin = format!("[proxy_plugins.loris]\ntype = \"snapshot\"\naddress = \"{}\"\n", text(daemon.socket()));
         let containerd = Containerd::start_with(test, &place, &plugin)?;
         Some(Self { containerd: Some(containerd), daemon, registry, place })
     }
@@ -182,6 +194,16 @@ impl Scene {
         command.args(["run", "--detach", "--snapshotter", "loris", name, container, "/bin/sh", "-c"]);
         ok(command.arg("while read -r line; do :; done < /data/big; while :; do . /hello; done > /dev/null"));
         self.place.join("containerd/state/io.containerd.runtime.v2.task/tests").join(container).join("rootfs")
+    }
+
+    /// Starts a container that reads little, and goes on until it is ended.
+    pub fn run_in_background_without_reading(&self, name: &str) -> Background {
+        let container = format!("background-{}", std::process::id());
+        let mut command = self.containerd().ctr();
+        command.args(["run", "--detach", "--snapshotter", "loris", name, &container, "/bin/sh", "-c"]);
+        ok(command.arg("while :; do . /hello; done > /dev/null"));
+        let state = self.place.join("containerd/state/io.containerd.runtime.v2.task/tests");
+        Background { at: state.join(&container).join("rootfs"), container }
     }
 
     pub fn is_running(&self, container: &str) -> bool {

@@ -36,6 +36,7 @@ pub mod install;
 pub mod keychain;
 pub mod labels;
 pub mod listener;
+mod locked;
 pub mod lowers;
 pub mod metadata;
 pub mod metrics;

@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
 
@@ -23,7 +23,7 @@ use loris_lazy::{LayerError, LazyLayer, OpenOptions, Store, documents::Rememberi
 use loris_oci::{Descriptor, ImageSource, Reference, document::Manifest, platform::resolve_manifest, registry::Client};
 use serde::{Deserialize, Serialize};
 
-use crate::labels::Asked;
+use crate::{labels::Asked, locked::lock};
 
 /// How long what an image's name led to counts for further layers of it.
 const RESOLVED: Duration = Duration::from_secs(120);
@@ -414,8 +414,4 @@ impl Images {
         open.insert(key, Arc::downgrade(&layer));
         Ok(layer)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

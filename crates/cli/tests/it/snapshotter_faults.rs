@@ -56,6 +56,10 @@ impl Faulty {
     fn removed(&self) {
         ok(self.scene.containerd().ctr().args(["images", "rm", "--sync", &self.name]));
         assert_eq!(self.scene.snapshots(), Vec::<String>::new());
+    }
+
+    /// Waits until nothing is kept of layers. (What was opened beside others and is no snapshot's stays.)
+    fn freed(&self) {
         let end = Instant::now() + LIMIT;
         while fs::read_dir(self.scene.place.join("cache/layers")).map_or(0, Iterator::count) > 0 {
             assert!(Instant::now() < end, "layers stay: {}", self.scene.daemon.said());
@@ -147,6 +151,7 @@ fn what_a_registry_does_wrong_is_an_error_and_no_wrong_byte() {
     assert_eq!(explained["layers"].as_array().unwrap().len(), layout::layers(&faulty.layout).len());
     faulty.scene.end(&busy.container);
     faulty.removed();
+    faulty.freed();
     faulty.scene.finish();
 }
 
@@ -195,6 +200,7 @@ fn credentials_that_expire_are_asked_for_again() {
     }
     faulty.scene.end(&root.container);
     faulty.removed();
+    faulty.freed();
     faulty.scene.finish();
     place.assert_clean();
 }
@@ -297,5 +303,6 @@ fn containers_outlive_containerd_and_the_daemon_together() {
     }
     faulty.scene.end(&root.container);
     faulty.removed();
+    faulty.freed();
     faulty.scene.finish();
 }

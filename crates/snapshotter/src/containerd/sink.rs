@@ -2,11 +2,7 @@
 //!
 //! What this module must not know: where anything comes from.
 
-use std::{
-    collections::BTreeMap,
-    path::Path,
-    sync::{Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, path::Path, sync::Mutex};
 
 use async_trait::async_trait;
 use futures_util::{StreamExt as _, stream};
@@ -19,6 +15,7 @@ use loris_oci::{
 use tokio::sync::OnceCell;
 
 use super::Store;
+use crate::locked::lock;
 
 /// Holds what a document leads to: another label for each.
 const GC_LABEL: &str = "containerd.io/gc.ref.content.";
@@ -91,7 +88,7 @@ impl ContainerdSink {
     }
 
     fn source_label(&self) -> BTreeMap<String, String> {
-        let from = self.from.lock().unwrap_or_else(PoisonError::into_inner);
+        let from = lock(&self.from);
         let label = |(registry, repository): &(String, String)| {
             let host = registry.rsplit_once(':').map_or(registry.as_str(), |(host, _)| host);
             (format!("{SOURCE_LABEL}{host}"), repository.clone())
@@ -118,7 +115,7 @@ impl ImageSink for ContainerdSink {
     /// Nothing can be mounted, but where content comes from is worth knowing.
     async fn mount_blob(&self, _: &Descriptor, (registry, repository): (&str, &str)) -> Result<bool, Error> {
         let from = Some((registry.to_owned(), repository.to_owned()));
-        *self.from.lock().unwrap_or_else(PoisonError::into_inner) = from;
+        *lock(&self.from) = from;
         Ok(false)
     }
 

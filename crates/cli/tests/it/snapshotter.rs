@@ -196,6 +196,18 @@ impl Scene {
         self.place.join("containerd/state/io.containerd.runtime.v2.task/tests").join(container).join("rootfs")
     }
 
+    /// Runs a container that says by its exit status whether it has read what it should: on a machine with much to do,
+    /// `ctr` of containerd 1.6 loses what containers print.
+    pub fn reads(&self, name: &str, container: &str) {
+        const RIGHT: i32 = 42;
+        let script =
+            format!("read -r line < /hello; [ \"$line\" = 'echo {}' ] && exit {RIGHT}", image::GREETING.trim());
+        let mut command = self.containerd().ctr();
+        command.args(["run", "--rm", "--snapshotter", "loris", name, container, "/bin/sh", "-c", &script]);
+        let ran = run(&mut command);
+        assert_eq!(ran.status.code(), Some(RIGHT), "{container}: {ran} {}", self.daemon.said());
+    }
+
     /// Starts a container that reads little, and goes on until it is ended.
     pub fn run_in_background_without_reading(&self, name: &str) -> Background {
         let container = format!("background-{}", std::process::id());

@@ -47,10 +47,8 @@ impl Faulty {
         Some(Self { registry, scene, layout, name, truth })
     }
 
-    fn greets(&self, what: &str) {
-        let mut command = self.scene.containerd().ctr();
-        let greeting = run(command.args(["run", "--rm", "--snapshotter", "loris", &self.name, &greeter()]));
-        assert_eq!(greeting.text(), image::GREETING, "{what}: {greeting} {}", self.scene.daemon.said());
+    fn reads(&self, what: &str) {
+        self.scene.reads(&self.name, &format!("{}-{}", what.replace(' ', "-"), std::process::id()));
     }
 
     fn removed(&self) {
@@ -115,7 +113,7 @@ fn what_a_registry_does_wrong_is_an_error_and_no_wrong_byte() {
         if !pulled.status.success() {
             faulty.scene.pull(&faulty.name);
         }
-        faulty.greets(what);
+        faulty.reads(what);
         faulty.removed();
     }
 
@@ -130,6 +128,8 @@ fn what_a_registry_does_wrong_is_an_error_and_no_wrong_byte() {
         faulty.removed();
         std::thread::sleep(Duration::from_secs(1));
     }
+    // What containers read is here from then on.
+    faulty.reads("at first");
     let busy = faulty.scene.run_in_background_without_reading(&faulty.name);
     let root = &busy.at;
     for (number, (what, effect)) in effects.iter().enumerate() {
@@ -140,7 +140,7 @@ fn what_a_registry_does_wrong_is_an_error_and_no_wrong_byte() {
             Ok(read) => assert!(read == faulty.truth[from..][..part], "{what}: wrong bytes"),
         }
         // What is here is served, to new containers too.
-        faulty.greets(what);
+        faulty.reads(what);
         faulty.registry.end_faults();
         let read = read_in_the_end(&root.join(image::BIG), from, part);
         assert!(read == faulty.truth[from..][..part], "{what}: wrong bytes when it was over");
@@ -248,7 +248,7 @@ fn a_full_disk_is_an_error_until_there_is_room() {
     let explained = ok(&mut faulty.scene.explain(&faulty.name)).json();
     assert_eq!(explained["is_lazy"], true, "{explained}");
     // What the container reads is here from then on.
-    faulty.greets("at first");
+    faulty.reads("at first");
     let root = faulty.scene.run_in_background_without_reading(&faulty.name);
     // More than there is room for.
     let error = read_part(&root.at.join(image::BIG), 0, faulty.truth.len()).unwrap_err();
@@ -265,7 +265,7 @@ fn a_full_disk_is_an_error_until_there_is_room() {
     disk.resize(64 << 20);
     let read = read_in_the_end(&root.at.join(image::BIG), 0, faulty.truth.len());
     assert!(read == faulty.truth, "wrong bytes when there was room");
-    faulty.greets("when there was room");
+    faulty.reads("when there was room");
     faulty.scene.end(&root.container);
     ok(faulty.scene.containerd().ctr().args(["images", "rm", "--sync", &faulty.name]));
     faulty.scene.finish();
@@ -299,7 +299,7 @@ fn containers_outlive_containerd_and_the_daemon_together() {
         assert!(read == faulty.truth[from..][..part], "round {number}");
         from += part;
         assert!(faulty.scene.is_running(&root.container), "round {number}");
-        faulty.greets(&format!("round {number}"));
+        faulty.reads(&format!("round {number}"));
     }
     faulty.scene.end(&root.container);
     faulty.removed();

@@ -10,7 +10,7 @@ use std::{
 use rustix::process::{Pid, Signal};
 
 use crate::{
-    harness::{LIMIT, containers, mounted_in, ok, run},
+    harness::{LIMIT, containers, mounted_in, ok},
     image, layout,
     ours_to_peers::convert,
     snapshotter::{Scene, disk_use},
@@ -94,17 +94,6 @@ fn keeper(root: &Path) -> Option<Pid> {
     all.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).find(is_ours).and_then(Pid::from_raw)
 }
 
-/// Runs a container that says by its exit status whether it has read what it should: on a machine with much to do, `ctr` of
-/// containerd 1.6 loses what containers print.
-fn reads(scene: &Scene, name: &str, container: &str) {
-    const RIGHT: i32 = 42;
-    let script = format!("read -r line < /hello; [ \"$line\" = 'echo {}' ] && exit {RIGHT}", image::GREETING.trim());
-    let mut command = scene.containerd().ctr();
-    command.args(["run", "--rm", "--snapshotter", "loris", name, container, "/bin/sh", "-c", &script]);
-    let ran = run(&mut command);
-    assert_eq!(ran.status.code(), Some(RIGHT), "{container}: {ran} {}", scene.daemon.said());
-}
-
 #[test]
 fn images_that_come_and_go_leave_nothing_behind() {
     let test = "images_that_come_and_go_leave_nothing_behind";
@@ -119,7 +108,7 @@ fn images_that_come_and_go_leave_nothing_behind() {
         // Some are removed before anything of them is read.
         if number % 4 != 3 {
             let id = format!("round-{number}-{}", std::process::id());
-            reads(&scene, name, &id);
+            scene.reads(name, &id);
         }
         ok(scene.containerd().ctr().args(["images", "rm", "--sync", name]));
     };
@@ -185,7 +174,7 @@ fn many_containers_of_many_images_start_at_once() {
             let (scene, name) = (&scene, &variants[number % IMAGES].1);
             scope.spawn(move || {
                 let id = format!("one-of-many-{number}-{}", std::process::id());
-                reads(scene, name, &id);
+                scene.reads(name, &id);
             });
         }
     });

@@ -11,11 +11,12 @@ use anyhow::{Context as _, Result};
 use clap::{ArgAction, Args, value_parser};
 use loris_format::digest::Digest;
 use loris_oci::{
-    ImageSink, ImageSource, Platform, Platforms,
+    ImageSink, ImageSource, Platform, Platforms, Reference,
     auth::Credentials,
     name::{ImageName, OpenOptions, open_sink, open_source},
     registry::{Client, Config},
 };
+use loris_snapshotter::containerd::{self, ContainerdSink, ContainerdSource};
 use serde::Serialize;
 
 use crate::{Global, failure::Usage};
@@ -114,16 +115,34 @@ impl OnePlatform {
 impl Access {
     /// Opens the place that holds an image.
     pub(crate) async fn source(&self, name: &str) -> Result<Arc<dyn ImageSource>> {
+        let parsed = parse(name)?;
+        let opening = || format!("opening {name}");
+        if let ImageName::Containerd { namespace, reference } = &parsed {
+            return Ok(Arc::new(self.containerd_source(namespace.as_deref(), reference).await.with_context(opening)?));
+        }
         let options = OpenOptions::new(self.client()?);
-        open_source(&parse(name)?, &options).await.with_context(|| format!("opening {name}"))
+        open_source(&parsed, &options).await.with_context(opening)
     }
 
     /// Opens the place that an image is written to.
     pub(crate) async fn sink(&self, name: &str) -> Result<Arc<dyn ImageSink>> {
         let parsed = parse(name)?;
         refuse_compressed(&parsed)?;
+        let writing = || format!("writing {name}");
+        if let ImageName::Containerd { namespace, reference } = &parsed {
+            return Ok(Arc::new(containerd_sink(namespace.as_deref(), reference).await.with_context(writing)?));
+        }
         let options = OpenOptions::new(self.client()?);
-        open_sink(&parsed, &options).await.with_context(|| format!("writing {name}"))
+        open_sink(&parsed, &options).await.with_context(writing)
+    }
+
+    /// Opens an image in containerd's store.
+    pub(crate) async fn containerd_source(
+        &self,
+        namespace: Option<&str>,
+        reference: &Reference,
+    ) -> Result<ContainerdSource> {
+        Ok(containerd::open_source(&containerd_place(namespace), reference, self.client()?).await?)
     }
 
     /// Returns what asks registries.
@@ -160,6 +179,15 @@ impl Access {
 
 pub(crate) fn parse(name: &str) -> Result<ImageName> {
     name.parse().map_err(|error: loris_oci::Error| Usage(error.to_string()).into())
+}
+
+/// Opens an image in containerd's store, to be written.
+pub(crate) async fn containerd_sink(namespace: Option<&str>, reference: &Reference) -> Result<ContainerdSink> {
+    Ok(containerd::open_sink(&containerd_place(namespace), reference).await?)
+}
+
+fn containerd_place(namespace: Option<&str>) -> containerd::Place {
+    containerd::Place::from_environment(namespace, |name| std::env::var_os(name))
 }
 
 /// An archive is written as it is: its layers are compressed already.

@@ -11,6 +11,7 @@ use loris_oci::{
     name::{ImageName, Selector},
     reference::Reference,
 };
+use loris_snapshotter::containerd::whole;
 
 use crate::{
     Global,
@@ -19,10 +20,12 @@ use crate::{
     progress::Bars,
 };
 
-/// Copy an image between registries, layouts and archives.
+/// Copy an image between registries, layouts, archives and containerd's store. From an image of containerd's to itself, it
+/// fetches what a lazy pull has left out there.
 #[derive(Args)]
 pub(crate) struct CopyArguments {
-    /// The image: a registry's `name:tag`, `oci:DIR[:TAG]`, `oci-archive:FILE`, `docker-archive:FILE`, or `-`
+    /// The image: a registry's `name:tag`, `oci:DIR[:TAG]`, `oci-archive:FILE`, `docker-archive:FILE`,
+    /// `containerd:[NAMESPACE/]NAME`, or `-`
     source: String,
     /// Where it goes, named in the same way
     destination: String,
@@ -123,7 +126,9 @@ impl SaveArguments {
 /// Returns what an archive says of the name that an image had: as Podman writes it, and as containerd and Docker do.
 fn names(source: &str) -> BTreeMap<String, String> {
     let name = match source.parse() {
-        Ok(ImageName::Registry(reference)) if reference.tag().is_some() => reference.without_digest().canonical(),
+        Ok(ImageName::Registry(reference) | ImageName::Containerd { reference, .. }) if reference.tag().is_some() => {
+            reference.without_digest().canonical()
+        }
         Ok(ImageName::DockerArchive { selector: Selector { name: Some(name), .. }, .. }) => name,
         // In a layout a tag may stand alone; then it is no name for the world outside.
         Ok(
@@ -158,6 +163,9 @@ async fn copy_as(
     choice: &Choice,
     annotations: BTreeMap<String, String>,
 ) -> failure::Result {
+    if let Some((namespace, reference)) = same_in_containerd(source, destination) {
+        return complete(global, source, namespace.as_deref(), &reference).await;
+    }
     let access = &global.access;
     let from = access.source(source).await?;
     let to = access.sink(destination).await?;
@@ -188,6 +196,28 @@ async fn copy_as(
         }
     }
     access::print_written(global, destination, &report.digest, &report)?;
+    Ok(Outcome::Done)
+}
+
+/// Returns the image of containerd's that both names are.
+fn same_in_containerd(source: &str, destination: &str) -> Option<(Option<String>, Reference)> {
+    let (Ok(ImageName::Containerd { namespace, reference }), Ok(to)) = (source.parse(), destination.parse()) else {
+        return None;
+    };
+    let is_same = matches!(&to, ImageName::Containerd { namespace: other, reference: to }
+        if *other == namespace && to.without_digest() == reference.without_digest());
+    is_same.then_some((namespace, reference))
+}
+
+/// Fetches what containerd's store has not got of an image.
+async fn complete(global: &Global, name: &str, namespace: Option<&str>, reference: &Reference) -> failure::Result {
+    let doing = || access::doing("completing", name);
+    let source = global.access.containerd_source(namespace, reference).await.with_context(doing)?;
+    let sink = access::containerd_sink(namespace, reference).await.with_context(doing)?;
+    let bars = Bars::new(global);
+    let completed = whole::complete(&source, &sink, &bars).await.with_context(doing)?;
+    bars.finish();
+    access::print_written(global, name, &completed.digest, &completed)?;
     Ok(Outcome::Done)
 }
 

@@ -229,6 +229,7 @@ fn settings(
         images,
         image_service: keychains.image_service(),
         ahead: configured.ahead(),
+        content: configured.settings().containerd.clone(),
         mount_options,
         engine: engine.engine,
         pager: engine.pager_options(on_death, None),

@@ -11,6 +11,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use loris_convert::progress::{Action, Outcome, Progress};
 use loris_format::digest::Digest;
 use loris_oci::{BlobStream, Descriptor};
+use loris_snapshotter::containerd::whole::News;
 
 use crate::{
     Global,
@@ -113,6 +114,20 @@ impl Bars {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Digest, ProgressBar>> {
         // A panic elsewhere leaves nothing half-done in a table of bars.
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl News for Bars {
+    fn began(&self, layer: &Descriptor) {
+        self.begin(&layer.digest, "fetching", layer.size);
+    }
+
+    fn advanced(&self, layer: &Descriptor, count: u64) {
+        self.advance(&layer.digest, count);
+    }
+
+    fn ended(&self, layer: &Descriptor) {
+        self.end(&layer.digest, "done");
     }
 }
 

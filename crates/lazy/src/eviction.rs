@@ -105,8 +105,12 @@ impl Store {
     ///
     /// [`LazyLayer::directory`]: crate::LazyLayer::directory
     pub fn remove(&self, directory: &Path) -> Result<Removed, StoreError> {
+        let data = directory.join("data").symlink_metadata();
         let removed = remove_layer(directory)?;
         if let Removed::Freed(_) = removed {
+            if let Ok(data) = data {
+                self.let_go(&data);
+            }
             remove_leftovers(self.root(), &[directory], false, false)?;
         }
         Ok(removed)

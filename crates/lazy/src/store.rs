@@ -152,6 +152,12 @@ impl Store {
         adopted.get(&(metadata.dev(), metadata.ino()))?.try_clone().ok()
     }
 
+    /// Closes what was adopted of a layer whose data file is removed, which keeps its disk for as long as it is open.
+    pub(crate) fn let_go(&self, data: &std::fs::Metadata) {
+        let mut adopted = self.inner.adopted.lock().unwrap_or_else(PoisonError::into_inner);
+        adopted.remove(&(data.dev(), data.ino()));
+    }
+
     /// Returns the bound on the store's disk use, in bytes.
     #[must_use]
     pub fn quota_bytes(&self) -> Option<u64> {

@@ -26,7 +26,7 @@ use std::{
         fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
         unix::fs::{FileExt as _, MetadataExt},
     },
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -138,6 +138,8 @@ struct Inner {
     /// What is mounted, where mounts are to outlive their processes; else nothing.
     shown: Mutex<Vec<Shown>>,
     outlives: bool,
+    /// Whether what was inherited is to be given up as soon as that can be done.
+    settled: AtomicBool,
     /// Readable when the threads are to end.
     stop: OwnedFd,
     stopping: AtomicBool,
@@ -225,6 +227,7 @@ impl Pager {
             patience: options.patience,
             marking: Mutex::default(),
             shown: Mutex::default(),
+            settled: AtomicBool::new(false),
             outlives: matches!(options.on_death, OnDeath::Restart(_)),
             stop,
             stopping: AtomicBool::new(false),
@@ -257,6 +260,13 @@ impl Pager {
     #[must_use]
     pub fn register(&self) -> PathBuf {
         self.inner.register().path().to_owned()
+    }
+
+    /// What was taken over and is wanted has been found again: files that only other mounts of the process before this one
+    /// read are given up when these are gone.
+    pub fn settled(&self) {
+        self.inner.settled.store(true, Ordering::SeqCst);
+        self.inner.release_inherited();
     }
 
     /// Waits until no mount is up, also none that is out of sight but in use.
@@ -349,6 +359,7 @@ impl Inner {
             }
             let files = self.mounts.take_gone(&self.journal);
             self.release(&files);
+            self.release_inherited();
         }
     }
 
@@ -509,6 +520,34 @@ impl Inner {
             }
             self.keeper.forget(id.key);
             self.forget_layer(&layer);
+        }
+    }
+
+    /// Gives up what was inherited, when no mount is up any more that may read it for all that is known.
+    fn release_inherited(&self) {
+        let _marking = self.marking();
+        if !self.settled.load(Ordering::SeqCst) || self.mounts.is_any_unknown() {
+            return;
+        }
+        self.settled.store(false, Ordering::SeqCst);
+        let ended = match self.files.take_inherited() {
+            Ok(ended) => ended,
+            Err(error) => {
+                tracing::warn!(%error, "files of an earlier process stay open");
+                return;
+            }
+        };
+        for files::Ended { key, data, lock } in ended {
+            let path = std::fs::read_link(format!("/proc/self/fd/{}", lock.as_raw_fd()));
+            let given_up = claim::give_up(&lock).and_then(|()| self.group.unmark(&data));
+            if let Err(error) = given_up {
+                tracing::warn!(%error, "a layer of an earlier process stays marked");
+            }
+            self.keeper.forget(key);
+            let Ok(Some(directory)) = path.map(|path| path.parent().map(Path::to_owned)) else { continue };
+            if let Err(error) = self.register().forget_layer(&directory) {
+                tracing::warn!(layer = %directory.display(), %error, "a layer stays registered");
+            }
         }
     }
 

@@ -6,6 +6,7 @@
 //! | `oci:DIR[:TAG]` | an OCI layout, a directory |
 //! | `oci-archive:FILE[:TAG]` | a tar of an OCI layout |
 //! | `docker-archive:FILE[:REFERENCE]` | what `docker save` writes |
+//! | `containerd:[NAMESPACE/]REFERENCE` | containerd's own store (opened by the `snapshotter` crate, which speaks its protocol) |
 //! | `-` | an OCI archive (to read: a Docker archive too) on standard input or output |
 //!
 //! In place of TAG and REFERENCE, `@N` takes the image at that place (the first is 0) of those in there, for sources only;
@@ -32,10 +33,9 @@ use crate::{
 };
 
 /// Transports that other tools have and Loris has not, and what can be done instead.
-const NOT_SUPPORTED: [(&str, &str); 7] = [
+const NOT_SUPPORTED: [(&str, &str); 6] = [
     ("dir", "use `oci:DIR` (`skopeo copy dir:... oci:...` converts)"),
     ("containers-storage", "pipe it: `podman save --format oci-archive IMAGE | loris ... -`, and `podman load` back"),
-    ("containerd", "pipe it: `ctr images export - IMAGE | loris ... -`, and `ctr images import -` back"),
     ("docker-daemon", "pipe it: `docker save IMAGE | loris ... -`, and `docker load` back"),
     ("ostree", "use `skopeo copy` to make an OCI layout of it first"),
     ("sif", "use `skopeo copy` to make an OCI layout of it first"),
@@ -44,6 +44,8 @@ const NOT_SUPPORTED: [(&str, &str); 7] = [
 
 /// Longest reference in a layout, in bytes.
 const LAYOUT_REFERENCE_BYTES: usize = 1024;
+/// Longest namespace of containerd, in bytes.
+const NAMESPACE_BYTES: usize = 76;
 
 /// Which of the images in a layout or archive is meant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -95,6 +97,13 @@ pub enum ImageName {
         /// Which image; its name is a reference in its canonical form.
         selector: Selector,
     },
+    /// An image in containerd's store.
+    Containerd {
+        /// The namespace; the one of containerd's clients where it is not given.
+        namespace: Option<String>,
+        /// Its name there.
+        reference: Reference,
+    },
     /// An archive on standard input or output.
     Standard,
 }
@@ -114,7 +123,9 @@ impl ImageName {
     pub fn with_digest(&self, digest: Digest) -> Self {
         let mut name = self.clone();
         match &mut name {
-            Self::Registry(reference) => *reference = reference.with_digest(digest),
+            Self::Registry(reference) | Self::Containerd { reference, .. } => {
+                *reference = reference.with_digest(digest);
+            }
             Self::Layout { selector, .. }
             | Self::OciArchive { selector, .. }
             | Self::DockerArchive { selector, .. } => {
@@ -154,6 +165,11 @@ impl fmt::Display for ImageName {
             Self::Layout { path, selector } => write!(f, "oci:{}{selector}", path.display()),
             Self::OciArchive { path, selector } => write!(f, "oci-archive:{}{selector}", path.display()),
             Self::DockerArchive { path, selector } => write!(f, "docker-archive:{}{selector}", path.display()),
+            // In full, so that the namespace can be told from the registry.
+            Self::Containerd { namespace: Some(namespace), reference } => {
+                write!(f, "containerd:{namespace}/{}", reference.canonical())
+            }
+            Self::Containerd { namespace: None, reference } => write!(f, "containerd:{}", reference.canonical()),
             Self::Standard => f.write_str("-"),
         }
     }
@@ -182,6 +198,10 @@ impl FromStr for ImageName {
                 let (path, selector) = in_file(text, rest, docker_name)?;
                 Ok(Self::DockerArchive { path, selector })
             }
+            Some(("containerd", rest)) => {
+                let (namespace, reference) = in_containerd(text, rest)?;
+                Ok(Self::Containerd { namespace, reference })
+            }
             Some((transport, _)) if is_transport(transport) => {
                 let instead = NOT_SUPPORTED.iter().find(|(name, _)| *name == transport).map_or("", |(_, hint)| hint);
                 Err(Error::Unsupported {
@@ -204,7 +224,8 @@ impl FromStr for ImageName {
 }
 
 fn is_transport(prefix: &str) -> bool {
-    matches!(prefix, "oci" | "oci-archive" | "docker-archive") || NOT_SUPPORTED.iter().any(|(name, _)| *name == prefix)
+    matches!(prefix, "oci" | "oci-archive" | "docker-archive" | "containerd")
+        || NOT_SUPPORTED.iter().any(|(name, _)| *name == prefix)
 }
 
 /// Reads `PATH[:SELECTOR]`.
@@ -236,6 +257,32 @@ fn in_file(
         None => (Some(check_name(selected).map_err(invalid)?), None),
     };
     Ok((PathBuf::from(path), Selector { name, index, digest }))
+}
+
+/// Reads `[NAMESPACE/]REFERENCE`. A namespace may look as a registry does (`k8s.io`): what comes first is one where another
+/// registry follows, or where it can't be a registry.
+fn in_containerd(text: &str, rest: &str) -> Result<(Option<String>, Reference), Error> {
+    let is_registry = |part: &str| part == "localhost" || part.contains(['.', ':']) || part.to_lowercase() != part;
+    let (namespace, reference) = match rest.split_once('/') {
+        Some((first, behind))
+            if !is_registry(first) || behind.split_once('/').is_some_and(|(second, _)| is_registry(second)) =>
+        {
+            (Some(first), behind)
+        }
+        _ => (None, rest),
+    };
+    // `containerd/pkg/identifiers`.
+    let is_namespace = |name: &str| {
+        let is_word = |word: &str| !word.is_empty() && word.bytes().all(|byte| byte.is_ascii_alphanumeric());
+        name.len() <= NAMESPACE_BYTES && name.split(['.', '_', '-']).all(is_word)
+    };
+    if namespace.is_some_and(|namespace| !is_namespace(namespace)) {
+        return Err(Error::Invalid {
+            what: format!("image name {:?}", text.chars().take(200).collect::<String>()),
+            detail: "a namespace of containerd is letters and digits, separated by one of `-._`".to_owned(),
+        });
+    }
+    Ok((namespace.map(str::to_owned), reference.parse()?))
 }
 
 /// Checks a name for a layout: OCI image specification, `annotations.md`, section on `ref.name`.
@@ -299,6 +346,7 @@ pub async fn open_source(name: &ImageName, options: &OpenOptions) -> Result<Arc<
         ImageName::DockerArchive { path, selector } => {
             Archive::open(path, options).await?.docker(name.to_string(), selector, &options.limits).await
         }
+        ImageName::Containerd { .. } => Err(in_another_crate(name)),
         ImageName::Standard => Archive::standard_input(options).await?.any("-".to_owned(), &options.limits).await,
     }
 }
@@ -328,8 +376,14 @@ pub async fn open_sink(name: &ImageName, options: &OpenOptions) -> Result<Arc<dy
         ImageName::DockerArchive { path, selector } => {
             Ok(Arc::new(DockerArchiveSink::create(path, selector, &options.temp_dir, &options.limits).await?))
         }
+        ImageName::Containerd { .. } => Err(in_another_crate(name)),
         ImageName::Standard => Ok(Arc::new(ArchiveSink::standard_output(&options.temp_dir).await?)),
     }
+}
+
+/// containerd's protocol is not known here: the caller asks the `snapshotter` crate.
+fn in_another_crate(name: &ImageName) -> Error {
+    Error::Unsupported { what: format!("opening {name} as a registry, layout or archive"), place: "loris".to_owned() }
 }
 
 #[cfg(test)]

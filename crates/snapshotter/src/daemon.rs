@@ -35,6 +35,7 @@ use tokio::runtime::Handle;
 
 use crate::{
     ahead::{self, Ahead},
+    content::{self, Content},
     handover::{self, Control, Entered, Left},
     keychain::cri::ImageService,
     listener::{self, Listener},
@@ -75,6 +76,8 @@ pub struct Settings {
     pub image_service: Option<ImageService>,
     /// What is fetched ahead.
     pub ahead: ahead::Settings,
+    /// Where containerd is made to have all layers of lazily pulled images.
+    pub content: content::Settings,
     /// More options of snapshots that can be written.
     pub mount_options: Vec<String>,
     /// The engine; `None` for the best that works here.
@@ -132,6 +135,7 @@ pub enum Started {
 pub struct Daemon {
     root: PathBuf,
     snapshots: Snapshots,
+    content: Content,
     image_service: Option<ImageService>,
     control: Control,
     /// `None` where it rests.
@@ -154,7 +158,8 @@ impl Daemon {
     /// See [`DaemonError`]. What was mounted stays so.
     pub async fn start(settings: Settings, keeper: Option<OwnedFd>) -> Result<Started, DaemonError> {
         let Settings { root, address, listener, keeps_address, image_service, .. } = settings;
-        let Settings { images, ahead, mount_options, engine, mut pager, is_managed, .. } = settings;
+        let Settings { images, ahead, content, mount_options, engine, mut pager, is_managed, .. } = settings;
+        let completes = ahead.complete.is_some();
         let failed = |source| DaemonError::Root { path: root.clone(), source };
         make_root(&root).map_err(failed)?;
         let root = root.canonicalize().map_err(failed)?;
@@ -198,7 +203,8 @@ impl Daemon {
         let mounts = MountSettings::of_this_machine(mount_options);
         let images = Arc::new(Images::new(images));
         let snapshots = Snapshots::new(&root, metadata, images, Arc::clone(&lowers), ahead, mounts)?;
-        let daemon = Self { root, snapshots, image_service, control, listener, keeps_address, _lock: lock };
+        let content = Content::new(content, snapshots.clone(), completes);
+        let daemon = Self { root, snapshots, content, image_service, control, listener, keeps_address, _lock: lock };
         daemon.take_over(inherited, &pager, &runtime).await?;
         Ok(Started::Serving(Box::new(daemon)))
     }
@@ -249,6 +255,7 @@ impl Daemon {
                 None => tracing::error!(lower = %key, "it stays mounted, but reads of what is not here are refused"),
             }
         }
+        server.settled();
         Ok(())
     }
 
@@ -273,6 +280,9 @@ impl Daemon {
 
     /// Opens and fetches images otherwise from now on. What is open stays so.
     pub fn change(&self, client: Client, open: OpenOptions, patience: Duration, ahead: Option<ahead::Settings>) {
+        if let Some(ahead) = &ahead {
+            self.content.change(ahead.complete.is_some());
+        }
         self.snapshots.change(client, open, patience, ahead);
     }
 
@@ -292,7 +302,7 @@ impl Daemon {
             self.rest().await;
             return Ok(());
         };
-        let service = SnapshotsServer::new(Service::new(self.snapshots.clone()))
+        let service = SnapshotsServer::new(Service::new(self.snapshots.clone(), self.content.clone()))
             .max_decoding_message_size(MESSAGE_BYTES)
             .max_encoding_message_size(MESSAGE_BYTES);
         tracing::info!(address = %listener.address().display(), "serving snapshots");
@@ -316,6 +326,7 @@ impl Daemon {
         tokio::select! {
             served = serving => served.map_err(io::Error::other),
             served = serving_kubelet => served,
+            () = self.content.run() => Ok(()),
             () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }

@@ -18,6 +18,8 @@
 //! - [`metrics`], [`report`]: what is counted, and what is known, for those who look.
 //! - [`config`]: what all of that is told, and by whom.
 //! - [`install`]: units and other programs' configuration.
+//! - [`containerd`]: its store of images, of which this is a client.
+//! - [`content`]: when that store is completed behind lazy pulls.
 //! - [`proto`]: containerd's protocols, generated.
 //!
 //! What this crate must not know: the command line, formats of layers, how the kernel is asked.
@@ -25,6 +27,8 @@
 
 pub mod ahead;
 pub mod config;
+pub mod containerd;
+pub mod content;
 pub mod daemon;
 pub mod filter;
 mod handover;
@@ -32,6 +36,7 @@ pub mod install;
 pub mod keychain;
 pub mod labels;
 pub mod listener;
+mod locked;
 pub mod lowers;
 pub mod metadata;
 pub mod metrics;

@@ -16,7 +16,7 @@ use std::{
     collections::{HashMap, HashSet},
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
 };
 
 use loris_format::digest::Digest;
@@ -31,7 +31,7 @@ use loris_mount::{
 };
 use tokio::runtime::Handle;
 
-use crate::handover;
+use crate::{handover, locked::lock};
 
 /// The directory of the merged layers that make a lower directory.
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -335,8 +335,4 @@ impl Lowers {
     pub fn count(&self) -> usize {
         lock(&self.mounted).len()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -10,6 +10,27 @@ pub mod containerd {
     }
     /// Services.
     pub mod services {
+        /// Blobs.
+        pub mod content {
+            /// Its only version.
+            pub mod v1 {
+                include!("proto/containerd.services.content.v1.rs");
+            }
+        }
+        /// Images.
+        pub mod images {
+            /// Its only version.
+            pub mod v1 {
+                include!("proto/containerd.services.images.v1.rs");
+            }
+        }
+        /// Leases.
+        pub mod leases {
+            /// Its only version.
+            pub mod v1 {
+                include!("proto/containerd.services.leases.v1.rs");
+            }
+        }
         /// Snapshots.
         pub mod snapshots {
             /// Its only version.
@@ -37,4 +58,7 @@ pub mod runtime {
 
 pub use runtime::v1 as cri;
 
-pub use containerd::{services::snapshots::v1 as snapshots, types};
+pub use containerd::{
+    services::{content::v1 as content, images::v1 as images, leases::v1 as leases, snapshots::v1 as snapshots},
+    types,
+};

@@ -7,7 +7,7 @@
 use std::{
     collections::HashMap,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, Weak},
     time::{Duration, Instant},
 };
 
@@ -31,10 +31,12 @@ use loris_oci::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::labels::Asked;
+use crate::{labels::Asked, locked::lock};
 
 /// How long what an image's name led to counts for further layers of it.
 const RESOLVED: Duration = Duration::from_secs(120);
+/// How long a layer that could not be opened is not tried again: its image's other layers would each wait as long.
+const FAILED: Duration = Duration::from_secs(10);
 /// Most images that are kept for that.
 const MOST_RESOLVED: usize = 256;
 
@@ -181,6 +183,8 @@ type LayerOpening = Shared<BoxFuture<'static, Result<(Arc<LazyLayer>, Duration),
 struct Resolved {
     image: Opening,
     since: Instant,
+    /// When one of its layers was first found to be out of reach.
+    failed: Option<Instant>,
 }
 
 /// An image whose manifest is known and whose layers are being opened.
@@ -220,6 +224,12 @@ impl Images {
         lock(&self.resolved).clear();
     }
 
+    /// Returns what asks registries now.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.settings().client.clone()
+    }
+
     /// Where content is kept.
     #[must_use]
     pub fn store(&self) -> &Store {
@@ -234,10 +244,11 @@ impl Images {
         let patience = self.settings().patience;
         match tokio::time::timeout(patience, self.find(asked)).await {
             Ok(found) => found,
-            Err(_) => Err(Fallback {
-                kind: FallbackKind::Timeout,
-                reason: format!("it could not be opened within {} s", patience.as_secs_f32()),
-            }),
+            Err(_) => {
+                self.failed(asked);
+                let reason = format!("it could not be opened within {} s", patience.as_secs_f32());
+                Err(Fallback { kind: FallbackKind::Timeout, reason })
+            }
         }
     }
 
@@ -259,7 +270,11 @@ impl Images {
             let reason = format!("the registry names another table of contents than the client's manifest, {toc}");
             return Err(Fallback::client(reason));
         }
-        let (layer, took) = opening.clone().await?;
+        let opened = opening.clone().await;
+        if let Err(LayerError::Fetch { .. }) = opened {
+            self.failed(asked);
+        }
+        let (layer, took) = opened?;
         // It was asked for beside the layers.
         let diff_id = image.diff_id(number).await;
         let milliseconds = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
@@ -268,6 +283,13 @@ impl Images {
         let (reference, descriptor) = (asked.reference.clone(), descriptor.clone());
         let unvouched_from = (!layer.is_vouched()).then(|| reference.clone());
         Ok((RemoteLayer { reference, descriptor, diff_id, opening, unvouched_from }, layer))
+    }
+
+    /// Notes that a layer of an image is out of reach: what is asked for later is tried anew.
+    fn failed(&self, asked: &Asked) {
+        if let Some(resolved) = lock(&self.resolved).get_mut(&(asked.reference.clone(), asked.manifest)) {
+            resolved.failed.get_or_insert_with(Instant::now);
+        }
     }
 
     /// Opens a layer that was opened before, as after a restart: what is in the store is not asked for again.
@@ -312,7 +334,9 @@ impl Images {
         let key = (asked.reference.clone(), asked.manifest);
         let opening = {
             let mut resolved = lock(&self.resolved);
-            resolved.retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
+            resolved.retain(|_, resolved| {
+                resolved.since.elapsed() < RESOLVED && resolved.failed.is_none_or(|failed| failed.elapsed() < FAILED)
+            });
             if anew || (resolved.len() >= MOST_RESOLVED && !resolved.contains_key(&key)) {
                 resolved.remove(&key);
             }
@@ -322,6 +346,7 @@ impl Images {
             let begin = || Resolved {
                 image: Self::begin(Arc::clone(self), key.clone()).boxed().shared(),
                 since: Instant::now(),
+                failed: None,
             };
             resolved.entry(key.clone()).or_insert_with(begin).image.clone()
         };
@@ -431,8 +456,4 @@ async fn foresee(layers: Vec<LayerOpening>, config: Shared<BoxFuture<'static, Op
     if let (Ok(layers), Some(config)) = (layers, config) {
         loris_lazy::foresee(layers, (&config.config).into()).await;
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

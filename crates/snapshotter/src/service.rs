@@ -8,6 +8,7 @@ use futures_util::{Stream, stream};
 use tonic::{Code, Request, Response, Status};
 
 use crate::{
+    content::Content,
     filter::Filters,
     metadata::{Kind, Labels, MetadataError, Snapshot, Time},
     metrics::Metrics,
@@ -31,11 +32,12 @@ const LISTED: usize = 100;
 #[derive(Clone)]
 pub(crate) struct Service {
     snapshots: Snapshots,
+    content: Content,
 }
 
 impl Service {
-    pub(crate) fn new(snapshots: Snapshots) -> Self {
-        Self { snapshots }
+    pub(crate) fn new(snapshots: Snapshots, content: Content) -> Self {
+        Self { snapshots, content }
     }
 }
 
@@ -84,6 +86,7 @@ impl snapshots_server::Snapshots for Service {
             // As good as an answer can be, though it goes over the wire as an error.
             Prepared::Remote => {
                 counting.went_well();
+                self.content.changed(&key);
                 Err(Status::already_exists(format!("the target snapshot of {key} is there")))
             }
         }
@@ -106,6 +109,7 @@ impl snapshots_server::Snapshots for Service {
         let counting = self.count("commit");
         let CommitSnapshotRequest { name, key, labels, parent, .. } = request.into_inner();
         self.snapshots.commit(&name, &key, &parent, sorted(labels)).await.map_err(|error| status(&error))?;
+        self.content.changed(&key);
         counting.fine(())
     }
 

@@ -11,6 +11,7 @@
 //! What this module must not know: gRPC, where images come from.
 
 use std::{
+    collections::HashMap,
     io,
     os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _},
     path::{Path, PathBuf},
@@ -18,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use loris_format::{estargz::toc::TOC_DIGEST_ANNOTATION, tree::OpaqueStyle};
+use loris_format::{digest::Digest, estargz::toc::TOC_DIGEST_ANNOTATION, tree::OpaqueStyle};
 use loris_lazy::{LazyLayer, OpenOptions};
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
 use loris_oci::registry::Client;
@@ -401,6 +402,22 @@ impl Snapshots {
             Ok(())
         })
         .await
+    }
+
+    /// Returns the layers of remote snapshots, and by which reference each was asked for.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`].
+    pub async fn remote_layers(&self) -> Result<HashMap<Digest, String>> {
+        let snapshots = self.list(|snapshot| snapshot.remote.is_some()).await?;
+        let remote = snapshots.into_iter().filter_map(|snapshot| snapshot.remote);
+        Ok(remote.map(|remote| (remote.descriptor.digest, remote.reference)).collect())
+    }
+
+    /// Returns what asks registries now.
+    #[must_use]
+    pub fn client(&self) -> Client {
+        self.inner.images.client()
     }
 
     /// Returns what is known of a snapshot.

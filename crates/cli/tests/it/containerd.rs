@@ -7,12 +7,15 @@ use std::{
     time::{Duration, Instant},
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::harness::{Place, have, mounted_in, ok, peer, run};
 
 /// A running containerd, with all that it keeps in one directory. Ends with the value.
 pub struct Containerd {
     child: Child,
     directory: PathBuf,
+    temporary: PathBuf,
 }
 
 impl Containerd {
@@ -36,18 +39,29 @@ impl Containerd {
              [grpc]\naddress = \"{path}/socket\"\n{more}"
         );
         fs::write(directory.join("config.toml"), config).unwrap();
-        let log = fs::File::create(directory.join("log")).unwrap();
-        let mut command = peer("containerd");
-        command.arg("--config").arg(directory.join("config.toml")).env("TMPDIR", place.join("tmp"));
-        let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap();
-        let started = Self { child, directory };
+        let temporary = place.join("tmp");
+        let child = spawn(&directory, &temporary);
+        let started = Self { child, directory, temporary };
+        started.wait_until_it_answers();
+        Some(started)
+    }
+
+    fn wait_until_it_answers(&self) {
         let end = Instant::now() + Duration::from_secs(60);
-        while !run(started.ctr().arg("version")).status.success() {
-            let log = || fs::read_to_string(started.directory.join("log")).unwrap_or_default();
+        while !run(self.ctr().arg("version")).status.success() {
+            let log = || fs::read_to_string(self.directory.join("log")).unwrap_or_default();
             assert!(Instant::now() < end, "containerd does not answer: {}", log());
             std::thread::sleep(Duration::from_millis(50));
         }
-        Some(started)
+    }
+
+    /// Ends it, and starts it again. What runs in containers goes on.
+    pub fn restart(&mut self, signal: Signal, meanwhile: impl FnOnce()) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+        self.child.wait().unwrap();
+        meanwhile();
+        self.child = spawn(&self.directory, &self.temporary);
+        self.wait_until_it_answers();
     }
 
     /// `ctr`, for this daemon.
@@ -65,6 +79,11 @@ impl Containerd {
         command.arg("--address").arg(self.directory.join("socket")).args(["--namespace", "tests"]);
         command.current_dir(&self.directory);
         command
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> PathBuf {
+        self.directory.join("socket")
     }
 
     /// Brings a layout's image in, under a name.
@@ -90,11 +109,17 @@ impl Containerd {
     }
 }
 
+fn spawn(directory: &Path, temporary: &Path) -> Child {
+    let log = fs::File::options().create(true).append(true).open(directory.join("log")).unwrap();
+    let mut command = peer("containerd");
+    command.arg("--config").arg(directory.join("config.toml")).env("TMPDIR", temporary);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
+}
+
 impl Drop for Containerd {
     fn drop(&mut self) {
         // Asked, not forced: it unmounts what it has mounted.
-        let _ =
-            rustix::process::kill_process(rustix::process::Pid::from_child(&self.child), rustix::process::Signal::TERM);
+        let _ = kill_process(Pid::from_child(&self.child), Signal::TERM);
         let end = Instant::now() + Duration::from_secs(20);
         while self.child.try_wait().is_ok_and(|ended| ended.is_none()) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));

@@ -20,18 +20,19 @@ use crate::{
 };
 
 /// Where everything of a test is.
-struct Scene {
+pub struct Scene {
     // In this order they are taken down.
-    containerd: Option<Containerd>,
-    daemon: Snapshotter,
-    registry: DockerRegistry,
-    place: Place,
+    pub containerd: Option<Containerd>,
+    pub daemon: Snapshotter,
+    pub registry: DockerRegistry,
+    pub place: Place,
 }
 
 /// The daemon and its successors.
-struct Snapshotter {
-    started: Option<Child>,
-    root: PathBuf,
+pub struct Snapshotter {
+    pub started: Option<Child>,
+    pub root: PathBuf,
+    socket: PathBuf,
     log: PathBuf,
     arguments: Vec<String>,
     /// Where metrics are.
@@ -39,7 +40,7 @@ struct Snapshotter {
 }
 
 impl Snapshotter {
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         let log = fs::File::options().create(true).append(true).open(&self.log).unwrap();
         let mut command = Command::new(LORIS);
         command.args(["daemon", "snapshotter"]).args(&self.arguments).env("LORIS_LOG", "info");
@@ -52,7 +53,7 @@ impl Snapshotter {
         self.wait_until_it_answers();
     }
 
-    fn wait_until_it_answers(&self) {
+    pub fn wait_until_it_answers(&self) {
         let end = Instant::now() + LIMIT;
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < end, "the daemon does not answer: {}", self.said());
@@ -60,16 +61,16 @@ impl Snapshotter {
         }
     }
 
-    fn socket(&self) -> PathBuf {
-        self.root.with_extension("sock")
+    pub fn socket(&self) -> &Path {
+        &self.socket
     }
 
-    fn said(&self) -> String {
+    pub fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// Asks what is watched.
-    fn http(&self, path: &str) -> String {
+    pub fn http(&self, path: &str) -> String {
         use std::io::{Read as _, Write as _};
         let mut stream = std::net::TcpStream::connect(&self.watched).unwrap();
         write!(stream, "GET {path} HTTP/1.0\r\n\r\n").unwrap();
@@ -79,22 +80,28 @@ impl Snapshotter {
     }
 
     /// Who serves now.
-    fn process(&self) -> Option<Pid> {
+    pub fn process(&self) -> Option<Pid> {
         Pid::from_raw(fs::read_to_string(self.root.join("lock")).ok()?.trim().parse().ok()?)
     }
 
-    fn signal(&self, signal: Signal) {
+    pub fn signal(&self, signal: Signal) {
         kill_process(self.process().unwrap(), signal).unwrap();
     }
 
     /// Waits until another process serves than `before`.
-    fn wait_for_another(&self, before: Pid) {
+    pub fn wait_for_another(&self, before: Pid) {
         let end = Instant::now() + LIMIT;
         while self.process().is_none_or(|now| now == before) {
             assert!(Instant::now() < end, "no successor: {}", self.said());
             std::thread::sleep(Duration::from_millis(5));
         }
     }
+}
+
+/// A container that runs, and where its root file system is.
+pub struct Background {
+    pub container: String,
+    pub at: PathBuf,
 }
 
 impl Drop for Scene {
@@ -110,7 +117,7 @@ impl Drop for Scene {
 }
 
 impl Snapshotter {
-    fn end(&mut self) {
+    pub fn end(&mut self) {
         // It takes down what is mounted, and its keeper ends with it.
         if let Some(process) = self.process() {
             let _ = kill_process(process, Signal::INT);
@@ -133,7 +140,7 @@ impl Drop for Snapshotter {
 }
 
 impl Scene {
-    fn new(test: &str, more: &[&str]) -> Option<Self> {
+    pub fn new(test: &str, more: &[&str]) -> Option<Self> {
         if !loris_testkit::require_root(test) || !have(test, &["runc"]) {
             return None;
         }
@@ -142,54 +149,81 @@ impl Scene {
             return None;
         }
         let registry = DockerRegistry::start(test, &DockerRegistryOptions::default()).unwrap()?;
-        let root = place.make("snapshotter");
+        let given = more.iter().find_map(|argument| argument.strip_prefix("--root="));
+        let root = given.map_or_else(|| place.make("snapshotter"), PathBuf::from);
+        let socket = place.join("snapshotter.sock");
         let text = |path: &Path| path.display().to_string();
         let mut arguments = vec![
             format!("--root={}", text(&root)),
-            format!("--address={}", text(&root.with_extension("sock"))),
+            format!("--address={}", text(&socket)),
             format!("--cache-dir={}", text(&place.join("cache"))),
         ];
         // A port that was free a moment ago.
         let watched = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
         arguments.push(format!("--metrics-address={watched}"));
+        // What is said again counts, and clap wants it once.
+        let name = |argument: &str| argument.split('=').next().unwrap_or_default().to_owned();
+        arguments.retain(|argument| !more.iter().any(|other| name(other) == name(argument)));
         arguments.extend(more.iter().map(|argument| (*argument).to_owned()));
-        let mut daemon = Snapshotter { started: None, root, log: place.join("daemon.log"), arguments, watched };
+        let mut daemon = Snapshotter { started: None, root, socket, log: place.join("daemon.log"), arguments, watched };
         daemon.start();
-        let plugin = format!("[proxy_plugins.loris]\ntype = \"snapshot\"\naddress = \"{}\"\n", text(&daemon.socket()));
+        let plugin = format!("[proxy_plugins.loris]\ntype = \"snapshot\"\naddress = \"{}\"\n", text(daemon.socket()));
         let containerd = Containerd::start_with(test, &place, &plugin)?;
         Some(Self { containerd: Some(containerd), daemon, registry, place })
     }
 
-    fn containerd(&self) -> &Containerd {
+    pub fn containerd(&self) -> &Containerd {
         self.containerd.as_ref().unwrap()
     }
 
     /// Converts a layout's image, and pushes it under a name.
-    fn push(&self, image: &Path, name: &str) -> String {
+    pub fn push(&self, image: &Path, name: &str) -> String {
         let name = format!("{}/{name}", self.registry.address());
         ok(self.place.loris("copy --quiet").arg(format!("oci:{}:t", image.display())).arg(&name));
         name
     }
 
-    fn pull(&self, name: &str) {
+    pub fn pull(&self, name: &str) {
         let mut command = self.containerd().ctr_remote();
         ok(command.args(["images", "rpull", "--plain-http", "--snapshotter", "loris", name]));
     }
 
     /// Starts a container that waits, and returns where its root file system is.
-    fn run_in_background(&self, name: &str, container: &str) -> PathBuf {
+    pub fn run_in_background(&self, name: &str, container: &str) -> PathBuf {
         let mut command = self.containerd().ctr();
         command.args(["run", "--detach", "--snapshotter", "loris", name, container, "/bin/sh", "-c"]);
         ok(command.arg("while read -r line; do :; done < /data/big; while :; do . /hello; done > /dev/null"));
         self.place.join("containerd/state/io.containerd.runtime.v2.task/tests").join(container).join("rootfs")
     }
 
-    fn is_running(&self, container: &str) -> bool {
+    /// Runs a container that says by its exit status whether it has read what it should: on a machine with much to do,
+    /// `ctr` of containerd 1.6 loses what containers print.
+    pub fn reads(&self, name: &str, container: &str) {
+        const RIGHT: i32 = 42;
+        let script =
+            format!("read -r line < /hello; [ \"$line\" = 'echo {}' ] && exit {RIGHT}", image::GREETING.trim());
+        let mut command = self.containerd().ctr();
+        command.args(["run", "--rm", "--snapshotter", "loris", name, container, "/bin/sh", "-c", &script]);
+        let ran = run(&mut command);
+        assert_eq!(ran.status.code(), Some(RIGHT), "{container}: {ran} {}", self.daemon.said());
+    }
+
+    /// Starts a container that reads little, and goes on until it is ended.
+    pub fn run_in_background_without_reading(&self, name: &str) -> Background {
+        let container = format!("background-{}", std::process::id());
+        let mut command = self.containerd().ctr();
+        command.args(["run", "--detach", "--snapshotter", "loris", name, &container, "/bin/sh", "-c"]);
+        ok(command.arg("while :; do . /hello; done > /dev/null"));
+        let state = self.place.join("containerd/state/io.containerd.runtime.v2.task/tests");
+        Background { at: state.join(&container).join("rootfs"), container }
+    }
+
+    pub fn is_running(&self, container: &str) -> bool {
         let tasks = ok(self.containerd().ctr().args(["tasks", "ls"])).text();
         tasks.lines().any(|line| line.starts_with(container) && line.contains("RUNNING"))
     }
 
-    fn end(&self, container: &str) {
+    pub fn end(&self, container: &str) {
         ok(self.containerd().ctr().args(["tasks", "kill", "--signal", "SIGKILL", container]));
         let end = Instant::now() + LIMIT;
         while !run(self.containerd().ctr().args(["containers", "rm", container])).status.success() {
@@ -200,7 +234,7 @@ impl Scene {
 
     /// Shows the root file system of the only image, as `ctr` mounts a view of it. (`ctr images mount` of containerd 1.6
     /// unpacks for its default snapshotter, whatever it is told.)
-    fn view(&self, look: impl FnOnce(&Path)) {
+    pub fn view(&self, look: impl FnOnce(&Path)) {
         let listed = self.snapshots();
         let field = |line: &str, number: usize| line.split_whitespace().nth(number).unwrap_or_default().to_owned();
         let parents: Vec<String> = listed.iter().map(|line| field(line, 1)).collect();
@@ -226,24 +260,24 @@ impl Scene {
         let _ = run(self.containerd().ctr().args(["snapshots", "--snapshotter", "loris", "rm", "test-view"]));
     }
 
-    fn snapshots(&self) -> Vec<String> {
+    pub fn snapshots(&self) -> Vec<String> {
         let listed = ok(self.containerd().ctr().args(["snapshots", "--snapshotter", "loris", "ls"])).text();
         listed.lines().skip(1).map(str::to_owned).collect()
     }
 
     /// Layer blobs that were asked for, whole or in part.
-    fn requests(&self, layers: &[String]) -> usize {
+    pub fn requests(&self, layers: &[String]) -> usize {
         let is_layer = |request: &String| layers.iter().any(|layer| request.contains(layer.as_str()));
         self.registry.requests().iter().filter(|request| is_layer(request)).count()
     }
 
-    fn explain(&self, name: &str) -> Command {
+    pub fn explain(&self, name: &str) -> Command {
         let mut command = self.place.loris("explain --json --root");
         command.arg(&self.daemon.root).arg(name);
         command
     }
 
-    fn finish(mut self) {
+    pub fn finish(mut self) {
         self.containerd.take();
         self.daemon.end();
         self.place.assert_clean();
@@ -251,12 +285,12 @@ impl Scene {
 }
 
 /// A container's name, which the runtime keeps in a place that all tests share.
-fn greeter() -> String {
+pub fn greeter() -> String {
     format!("greeter-{}", std::process::id())
 }
 
 /// Bytes of blocks below a directory.
-fn disk_use(directory: &Path) -> u64 {
+pub fn disk_use(directory: &Path) -> u64 {
     let told = ok(Command::new("du").args(["--summarize", "--block-size=1"]).arg(directory)).text();
     told.split_whitespace().next().unwrap().parse().unwrap()
 }

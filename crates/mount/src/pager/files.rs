@@ -76,6 +76,13 @@ impl Entry {
         Self { key, uses: Vec::new(), is_marked: true, kept: None, completions: Vec::new() }
     }
 
+    /// Returns data file and lock, where it was inherited.
+    fn inherited(&self) -> Option<io::Result<[File; 2]>> {
+        let used = self.uses.iter().find(|(number, _)| *number == INHERITED).map(|(_, layer)| layer.kept_files());
+        let [data, lock] = used.or_else(|| self.kept.as_ref().map(|[data, lock]| [data, lock]))?;
+        Some(data.try_clone().and_then(|data| Ok([data, lock.try_clone()?])))
+    }
+
     /// Returns who fills the file. Who asks for it is not known: as long as one image of those that are mounted is what it
     /// claims to be, its readers get what they ask for.
     fn watched(&self) -> Watched {
@@ -87,8 +94,16 @@ impl Entry {
     }
 }
 
-/// The number of uses that end with this process: mounts that are out of sight may read what was inherited.
+/// The number of uses that were inherited: mounts that are out of sight may read it.
 const INHERITED: u64 = 0;
+
+/// A file that nobody watches any more: its key, data file and lock.
+#[derive(Debug)]
+pub(super) struct Ended {
+    pub(super) key: u64,
+    pub(super) data: File,
+    pub(super) lock: File,
+}
 
 /// A task that holds the layer, and ends when nobody watches that any more.
 #[derive(Debug)]
@@ -168,6 +183,31 @@ impl Files {
         table.complained.remove(&id.identity);
         table.failed.remove(&id.identity);
         Some(layer)
+    }
+
+    /// Ends the uses that were inherited, and returns the files that nobody watches then.
+    pub(super) fn take_inherited(&self) -> io::Result<Vec<Ended>> {
+        let mut table = self.lock();
+        let mut ended = Vec::new();
+        for entry in table.by_identity.values_mut() {
+            let Some(files) = entry.inherited().transpose()? else { continue };
+            entry.uses.retain(|(number, _)| *number != INHERITED);
+            entry.kept = None;
+            let uses = &entry.uses;
+            entry.completions.retain(|(known, _)| uses.iter().any(|(_, layer)| Arc::ptr_eq(known, layer)));
+            if entry.uses.is_empty() {
+                let [data, lock] = files;
+                ended.push(Ended { key: entry.key, data, lock });
+            }
+        }
+        for Ended { key, .. } in &ended {
+            if let Some(identity) = table.by_key.remove(key) {
+                table.by_identity.remove(&identity);
+                table.complained.remove(&identity);
+                table.failed.remove(&identity);
+            }
+        }
+        Ok(ended)
     }
 
     /// Notes whether a layer's file is marked, and returns its key where it is watched. What is added counts as marked.

@@ -41,8 +41,16 @@ pub(super) struct Mounts {
 #[derive(Debug)]
 struct Mounted {
     gone: watch::Sender<bool>,
+    /// Whether it is known which files it reads: of one that was taken over, not before it is found again.
+    is_known: bool,
     /// What nobody holds any more, to be released when the mount is gone.
     left: Vec<FileId>,
+}
+
+impl Mounted {
+    fn new(is_known: bool) -> Self {
+        Self { gone: watch::Sender::new(false), is_known, left: Vec::new() }
+    }
 }
 
 impl Mounts {
@@ -54,8 +62,14 @@ impl Mounts {
     /// Takes over the mounts of an earlier process: those that are up still are in the journal.
     pub(super) fn attach(inotify: OwnedFd, journal: &Journal) -> Self {
         let up = journal.mounts().map(|mount| mount.load(Ordering::Acquire)).filter(|&watch| watch > 0);
-        let state = up.map(|watch| (watch, Mounted { gone: watch::Sender::new(false), left: Vec::new() })).collect();
+        let state = up.map(|watch| (watch, Mounted::new(false))).collect();
         Self { inotify, state: Mutex::new(state) }
+    }
+
+    /// Whether a mount is up of which it is not known what it reads.
+    pub(super) fn is_any_unknown(&self) -> bool {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.values().any(|mounted| !mounted.is_known)
     }
 
     pub(super) fn descriptor(&self) -> BorrowedFd<'_> {
@@ -82,14 +96,16 @@ impl Mounts {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let watch = inotify::add_watch(&self.inotify, &path, inotify::WatchFlags::DELETE_SELF)
             .map_err(|errno| PagerError::Inotify(errno.into()))?;
-        if let Some(mounted) = state.get(&watch) {
+        if let Some(mounted) = state.get_mut(&watch) {
+            mounted.is_known = true;
             return Ok((watch, mounted.gone.subscribe()));
         }
         let free = journal.mounts().find(|mount| mount.load(Ordering::Relaxed) == 0);
         let free = free.ok_or(PagerError::TooManyMounts { most: MOUNTS })?;
         free.store(watch, Ordering::Release);
-        let (gone, later) = watch::channel(false);
-        state.insert(watch, Mounted { gone, left: Vec::new() });
+        let mounted = Mounted::new(true);
+        let later = mounted.gone.subscribe();
+        state.insert(watch, mounted);
         Ok((watch, later))
     }
 

@@ -58,6 +58,16 @@ impl Server {
         }
     }
 
+    /// What was taken over and is wanted has been [found again](RootFs::resume): what only other mounts of the process
+    /// before this one read is given up when these are gone.
+    pub fn settled(&self) {
+        match self {
+            Self::Pager(pager) => pager.settled(),
+            // Its devices stay for as long as the connection.
+            Self::Devices(_) => {}
+        }
+    }
+
     /// Waits until no mount is up, also none that is out of sight but in use.
     pub async fn idle(&self) {
         match self {

@@ -16,6 +16,10 @@ fn transports_are_skopeos() {
     let layout = |path: &str, selector| ImageName::Layout { path: path.into(), selector };
     let archive = |path: &str, selector| ImageName::OciArchive { path: path.into(), selector };
     let docker = |path: &str, selector| ImageName::DockerArchive { path: path.into(), selector };
+    let containerd = |namespace: Option<&str>, reference: &str| ImageName::Containerd {
+        namespace: namespace.map(str::to_owned),
+        reference: reference.parse().unwrap(),
+    };
     for (text, name, displayed) in [
         ("-", ImageName::Standard, "-"),
         ("alpine", registry("alpine"), "alpine:latest"),
@@ -35,6 +39,28 @@ fn transports_are_skopeos() {
             docker("f.tar", selector(Some("docker.io/library/alpine:latest"), None, None)),
             "docker-archive:f.tar:docker.io/library/alpine:latest",
         ),
+        ("containerd:alpine", containerd(None, "alpine"), "containerd:docker.io/library/alpine:latest"),
+        (
+            "containerd:moby/alpine:3",
+            containerd(Some("moby"), "alpine:3"),
+            "containerd:moby/docker.io/library/alpine:3",
+        ),
+        ("containerd:quay.io/a/b:1", containerd(None, "quay.io/a/b:1"), "containerd:quay.io/a/b:1"),
+        (
+            "containerd:k8s.io/registry.k8s.io/pause:3",
+            containerd(Some("k8s.io"), "registry.k8s.io/pause:3"),
+            "containerd:k8s.io/registry.k8s.io/pause:3",
+        ),
+        (
+            "containerd:localhost:5000/a/b:1",
+            containerd(None, "localhost:5000/a/b:1"),
+            "containerd:localhost:5000/a/b:1",
+        ),
+        (
+            "containerd:default/localhost:5000/a/b:1",
+            containerd(Some("default"), "localhost:5000/a/b:1"),
+            "containerd:default/localhost:5000/a/b:1",
+        ),
         ("docker-archive:f:@0", docker("f", selector(None, Some(0), None)), "docker-archive:f:@0"),
     ] {
         let parsed: ImageName = text.parse().unwrap();
@@ -48,7 +74,10 @@ fn names_that_mean_nothing_say_what_would() {
     for (text, message) in [
         ("dir:/x", "oci:DIR"),
         ("containers-storage:alpine", "podman save"),
-        ("containerd:alpine", "ctr images export"),
+        ("containerd:", "empty"),
+        ("containerd:a--b/alpine", "namespace"),
+        ("containerd:/alpine", "namespace"),
+        ("containerd:default/Alpine", "capital"),
         ("docker-daemon:alpine:latest", "docker save"),
         ("./x", "oci:DIR"),
         ("/x.tar", "oci-archive:FILE"),
@@ -71,7 +100,16 @@ fn names_that_mean_nothing_say_what_would() {
 
 #[test]
 fn a_name_with_its_digest_can_be_typed_again() {
-    for text in ["alpine:3", "oci:d", "oci:d:t", "oci:d:@0", "oci-archive:f:t", "docker-archive:f:x:1"] {
+    for text in [
+        "alpine:3",
+        "containerd:a:1",
+        "containerd:k8s.io/b.c/d:2",
+        "oci:d",
+        "oci:d:t",
+        "oci:d:@0",
+        "oci-archive:f:t",
+        "docker-archive:f:x:1",
+    ] {
         let name = text.parse::<ImageName>().unwrap().with_digest(DIGEST.parse().unwrap());
         assert!(name.to_string().ends_with(&format!("@{DIGEST}")), "{name}");
         assert_eq!(name.to_string().parse::<ImageName>().unwrap(), name);
@@ -80,7 +118,7 @@ fn a_name_with_its_digest_can_be_typed_again() {
 
 proptest! {
     #[test]
-    fn what_is_displayed_reads_the_same(text in "(oci:|oci-archive:|docker-archive:|docker://|-|)[a-z0-9@:/._-]{0,20}") {
+    fn what_is_displayed_reads_the_same(text in "(oci:|oci-archive:|docker-archive:|containerd:|docker://|-|)[a-z0-9@:/._-]{0,20}") {
         if let Ok(name) = text.parse::<ImageName>() {
             prop_assert_eq!(name.to_string().parse::<ImageName>().unwrap(), name);
         }

@@ -80,6 +80,8 @@ pub const KEYS: &[Key] = &[
     key!("cache.paranoid", Kind::Boolean, restart, boolean / of_boolean, cache.paranoid),
     key!("log.level", Kind::Text, live, text / of_text, log.level),
     key!("log.format", Kind::Choice(LOG_FORMATS), live, is_json / of_json, log.json),
+    key!("containerd.address", Kind::Path, restart, path / of_path, containerd.address),
+    key!("containerd.complete_namespaces", Kind::Texts, restart, texts / of_texts, containerd.complete_namespaces),
     key!("registries.hosts_dirs", Kind::Texts, live, paths / of_paths, registries.hosts_dirs),
     key!("registries.insecure", Kind::Texts, live, texts / of_texts, registries.insecure),
     key!("registries.plain_http", Kind::Boolean, live, boolean / of_boolean, registries.plain_http),

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, num::NonZeroU64, path::PathBuf, time::Duration}
 use loris_lazy::IndexTrust;
 use loris_mount::engine::Engine;
 
-use crate::keychain::{cri, kube, provider};
+use crate::{
+    content,
+    keychain::{cri, kube, provider},
+};
 
 /// All of it.
 #[derive(Clone, PartialEq, Debug)]
@@ -42,6 +45,8 @@ pub struct Settings {
     pub cache: Cache,
     /// What is logged.
     pub log: Log,
+    /// Where containerd is made to have all layers of lazily pulled images.
+    pub containerd: content::Settings,
     /// How registries are reached.
     pub registries: Registries,
     /// Where credentials come from.
@@ -153,6 +158,7 @@ impl Default for Settings {
             metrics_address: None,
             cache: Cache::default(),
             log: Log { level: "info".to_owned(), json: false },
+            containerd: content::Settings::default(),
             registries: Registries::default(),
             credentials: Credentials { docker: true, authfile: None },
             kubeconfig_keychain: kube::Settings::default(),

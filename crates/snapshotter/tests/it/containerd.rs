@@ -19,6 +19,11 @@ pub struct Containerd {
 impl Containerd {
     /// Starts one; `None` where it, or what it needs, is missing, which has then been said.
     pub fn start(test: &str, directory: &Path) -> Option<Self> {
+        Self::start_with(test, directory, "", "")
+    }
+
+    /// Does that with more lines for the CRI plugin, and more tables.
+    pub fn start_with(test: &str, directory: &Path, cri: &str, more: &str) -> Option<Self> {
         if !loris_testkit::require_root(test) {
             return None;
         }
@@ -33,7 +38,8 @@ impl Containerd {
              [grpc]\naddress = \"{path}/socket\"\n\
              [plugins.\"io.containerd.internal.v1.opt\"]\npath = \"{path}/opt\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\"]\nstream_server_address = \"127.0.0.1\"\nstream_server_port = \"0\"\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"{path}/cni\"\nconf_dir = \"{path}/cni\"\n"
+             {cri}\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"{path}/cni\"\nconf_dir = \"{path}/cni\"\n{more}"
         );
         fs::write(directory.join("config.toml"), config).unwrap();
         let child = spawn(&program, directory);

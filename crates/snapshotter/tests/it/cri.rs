@@ -14,7 +14,7 @@ use loris_oci::{
     registry::{Client, Config},
 };
 use loris_snapshotter::{
-    Daemon, ahead,
+    Daemon, ahead, content,
     daemon::{self, Started},
     keychain::{Keychains, Settings},
     listener,
@@ -37,11 +37,11 @@ use crate::{
     image::{self, CONTENT, FILE},
 };
 
-const USER: &str = "kubelet";
-const PASSWORD: &str = "hunter2";
+pub const USER: &str = "kubelet";
+pub const PASSWORD: &str = "hunter2";
 
 /// A configuration that knows nothing of the machine.
-fn config() -> Config {
+pub fn config() -> Config {
     Config { environment: Environment::default(), cert_roots: Vec::new(), hosts_dirs: Vec::new(), ..Config::default() }
 }
 
@@ -53,7 +53,7 @@ fn settings(containerd: &Containerd, listen: &Path) -> Settings {
     settings
 }
 
-fn client(socket: &Path) -> Channel {
+pub fn client(socket: &Path) -> Channel {
     Endpoint::from_shared(format!("unix://{}", socket.display())).unwrap().connect_lazy()
 }
 
@@ -61,12 +61,12 @@ fn spec(image: &str) -> Option<ImageSpec> {
     Some(ImageSpec { image: image.to_owned() })
 }
 
-async fn pull(channel: &Channel, image: &str, auth: Option<AuthConfig>) -> Result<String, Status> {
+pub async fn pull(channel: &Channel, image: &str, auth: Option<AuthConfig>) -> Result<String, Status> {
     let request = PullImageRequest { image: spec(image), auth };
     Ok(ImageServiceClient::new(channel.clone()).pull_image(request).await?.into_inner().image_ref)
 }
 
-fn password(password: &str) -> Option<AuthConfig> {
+pub fn password(password: &str) -> Option<AuthConfig> {
     Some(AuthConfig { username: USER.into(), password: password.into(), ..AuthConfig::default() })
 }
 
@@ -108,7 +108,7 @@ impl Decoder for Raw {
     }
 }
 
-async fn raw(channel: &Channel, method: &'static str, message: &'static [u8]) -> Result<Bytes, Status> {
+pub async fn raw(channel: &Channel, method: &'static str, message: &'static [u8]) -> Result<Bytes, Status> {
     let mut grpc = tonic::client::Grpc::new(channel.clone());
     grpc.ready().await.map_err(|error| Status::unknown(error.to_string()))?;
     let path = http::uri::PathAndQuery::from_static(method);
@@ -286,6 +286,7 @@ async fn kubelet_is_served_on_the_snapshotters_socket_or_on_its_own() {
             keeps_address: false,
             image_service: keychains.image_service(),
             ahead: ahead::Settings { prefetch: false, complete: None },
+            content: content::Settings { complete_namespaces: Vec::new(), ..content::Settings::default() },
             mount_options: Vec::new(),
             engine: None,
             pager,

@@ -20,7 +20,13 @@ pub const CONTENT: &[u8] = b"hello from a layer\n";
 
 /// Makes it, in a directory that is left to the caller, and pushes it.
 pub async fn push(directory: &Path, config: Config, reference: &Reference) {
-    let layout = layout(directory);
+    push_with(directory, config, reference, &[]).await;
+}
+
+/// Does that with programs of this machine in it, and what they are linked with. It waits for ever, unless it is told to do
+/// something else.
+pub async fn push_with(directory: &Path, config: Config, reference: &Reference, programs: &[&str]) {
+    let layout = layout(directory, programs);
     let name = format!("oci:{}:t", layout.display()).parse().unwrap();
     let client = Client::new(config).unwrap();
     let source = open_source(&name, &OpenOptions::new(client.clone())).await.unwrap();
@@ -29,12 +35,22 @@ pub async fn push(directory: &Path, config: Config, reference: &Reference) {
     assert!(client.source(reference).root().await.is_ok());
 }
 
-fn layout(directory: &Path) -> std::path::PathBuf {
-    let root = directory.join("root");
+fn layout(directory: &Path, programs: &[&str]) -> std::path::PathBuf {
+    let root = directory.join("image-root");
     fs::create_dir_all(root.join("data")).unwrap();
+    for program in programs {
+        let linked = Command::new("ldd").arg(program).output().unwrap().stdout;
+        let linked = String::from_utf8(linked).unwrap();
+        let libraries = linked.split_whitespace().filter(|word| word.starts_with('/'));
+        for file in libraries.chain([*program]) {
+            let to = root.join(file.trim_start_matches('/'));
+            fs::create_dir_all(to.parent().unwrap()).unwrap();
+            fs::copy(file, to).unwrap();
+        }
+    }
     fs::write(root.join(FILE), CONTENT).unwrap();
     let tar = directory.join("layer.tar");
-    let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("data").status().unwrap();
+    let made = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg(".").status().unwrap();
     assert!(made.success());
     let layout = directory.join("layout");
     let blobs = layout.join("blobs/sha256");
@@ -48,7 +64,7 @@ fn layout(directory: &Path) -> std::path::PathBuf {
     let config = json!({
         "architecture": if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" },
         "os": "linux",
-        "config": {},
+        "config": {"Entrypoint": ["/bin/sleep", "infinity"]},
         "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
     });
     let config = put("application/vnd.oci.image.config.v1+json", config.to_string().as_bytes());

@@ -7,6 +7,7 @@ mod containerd;
 mod cri;
 mod image;
 mod kube;
+mod pods;
 
 use std::{
     io::Write,

@@ -32,8 +32,14 @@ pub(crate) struct EngineArgument {
     pub read_timeout: u64,
 }
 
-/// Where is noted which mounts are up. Gone, as they are, when the machine starts anew.
+/// Where is noted which mounts are up, unless `LORIS_REGISTER` names another directory. Gone, as they are, when the machine
+/// starts anew.
 const REGISTER: &str = "/run/loris/mounts";
+
+/// Programs that are to know of each other's mounts have the same one; successors inherit it.
+fn register() -> PathBuf {
+    std::env::var_os("LORIS_REGISTER").map_or_else(|| REGISTER.into(), PathBuf::from)
+}
 
 impl EngineArgument {
     /// Returns what fills data files, should the engine want that; when this process is killed, its mounts are taken down.
@@ -61,7 +67,7 @@ impl EngineArgument {
     /// Returns how a pager is run.
     pub(crate) fn pager_options(self, on_death: OnDeath, log: Option<PathBuf>) -> PagerOptions {
         let patience = Duration::from_secs(self.read_timeout);
-        PagerOptions { patience, register: REGISTER.into(), on_death, keeper: None, note: None, log }
+        PagerOptions { patience, register: register(), on_death, keeper: None, note: None, log }
     }
 
     /// Returns it as arguments of another process of this program.
@@ -86,7 +92,7 @@ pub(crate) fn sweep_dead() -> register::Swept {
     if !rustix::process::geteuid().is_root() {
         return register::Swept::default();
     }
-    let swept = register::sweep(Path::new(REGISTER), None).unwrap_or_else(|error| {
+    let swept = register::sweep(&register(), None).unwrap_or_else(|error| {
         tracing::warn!(%error, "what killed processes have left is not looked for");
         register::Swept::default()
     });

@@ -462,7 +462,7 @@ fn a_mount_whose_processes_were_killed_together_is_taken_down_by_the_next() {
             ok(&mut command);
         };
         mount(&at, flags);
-        kill_together(&[server(&at, false, &[]), server(&at, true, &[])]);
+        kill_together(&place, &[server(&at, false, &[]), server(&at, true, &[])]);
         assert!(mounted_in(place.path()).contains(&at));
         if engine != "fanotify" {
             // What no process holds any more, the kernel refuses: no zeros.
@@ -509,26 +509,16 @@ fn a_mount_in_use_whose_processes_were_killed_together_is_refused_by_the_next() 
             std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, from)
                 .map(|()| bytes == truth[start..start + 4096])
         };
-        // Other tests run the program too: one of them may be the next one, and just be about it.
-        let settled = |from: u64| {
-            let end = Instant::now() + LIMIT;
-            loop {
-                match read(from) {
-                    Ok(false) if Instant::now() < end => std::thread::sleep(Duration::from_millis(10)),
-                    settled => return settled,
-                }
-            }
-        };
         assert!(read(0).unwrap());
         let both = [server(&at, false, &[]), server(&at, true, &[])];
-        kill_together(&both);
-        // Nobody can help that; and it is cached. Unless another test's program was the next one already.
-        assert!(read(20 << 20).is_err() || !read(20 << 20).unwrap_or(false), "the test shows nothing");
+        kill_together(&place, &both);
+        // Nobody can help that; and it is cached.
+        assert!(!read(20 << 20).unwrap(), "the test shows nothing");
         if end == "umount" {
             let beside = place.make("beside");
             mount(&beside, next, &[]);
             for from in [20 << 20, 24 << 20] {
-                match settled(from) {
+                match read(from) {
                     Ok(is_right) => assert!(is_right && next == &name, "{flags:?}: wrong bytes at {from}"),
                     Err(error) => assert!(error.raw_os_error() == Some(5) && next == &other, "{flags:?}: {error}"),
                 }
@@ -539,7 +529,7 @@ fn a_mount_in_use_whose_processes_were_killed_together_is_refused_by_the_next() 
         }
         // The next one is gone too.
         for from in [20 << 20, 30 << 20] {
-            match settled(from) {
+            match read(from) {
                 Ok(is_right) => assert!(is_right && next == &name, "{flags:?} {end}: wrong bytes at {from}"),
                 Err(error) => assert_eq!(error.raw_os_error(), Some(5), "{flags:?} {end}"),
             }
@@ -549,7 +539,8 @@ fn a_mount_in_use_whose_processes_were_killed_together_is_refused_by_the_next() 
         mount(&beside, &name, &[]);
         assert!(fs::read(beside.join("f3")).unwrap() == truth);
         ok(place.loris("umount").arg(&beside));
-        let refusing = || registers(both[0]).iter().any(|path| fs::File::open(path).unwrap().try_lock().is_err());
+        let refusing =
+            || registers(&place, both[0]).iter().any(|path| fs::File::open(path).unwrap().try_lock().is_err());
         assert!(refusing(), "{flags:?}: nobody refuses");
         drop(file);
         let limit = Instant::now() + LIMIT;
@@ -559,7 +550,7 @@ fn a_mount_in_use_whose_processes_were_killed_together_is_refused_by_the_next() 
         }
         mount(&beside, &name, &[]);
         ok(place.loris("umount").arg(&beside));
-        assert_eq!(registers(both[0]), Vec::<PathBuf>::new());
+        assert_eq!(registers(&place, both[0]), Vec::<PathBuf>::new());
         place.assert_clean();
     }
 }
@@ -599,7 +590,7 @@ fn somebody_else_unmounts() {
                 std::thread::sleep(Duration::from_millis(5));
             }
             place.assert_clean();
-            assert_eq!(registers(process), Vec::<PathBuf>::new(), "{engine} {flags:?}");
+            assert_eq!(registers(&place, process), Vec::<PathBuf>::new(), "{engine} {flags:?}");
         }
     }
 }
@@ -619,24 +610,24 @@ fn readable(place: &Place) -> String {
 }
 
 /// Registers of a process's mounts, with what lies beside them.
-fn registers(process: Pid) -> Vec<PathBuf> {
+fn registers(place: &Place, process: Pid) -> Vec<PathBuf> {
     let prefix = format!("{}-", process.as_raw_nonzero());
-    let all = fs::read_dir("/run/loris/mounts").unwrap().filter_map(Result::ok).map(|entry| entry.path());
+    let all = fs::read_dir(place.join("register")).unwrap().filter_map(Result::ok).map(|entry| entry.path());
     all.filter(|path| path.file_name().unwrap().to_string_lossy().starts_with(&prefix)).collect()
 }
 
 /// Neither sees the other one die.
-fn kill_together(both: &[Pid]) {
+fn kill_together(place: &Place, both: &[Pid]) {
     both.iter().for_each(|process| kill_process(*process, Signal::STOP).unwrap());
     both.iter().for_each(|process| kill_process(*process, Signal::KILL).unwrap());
     // Until their last threads are gone they hold what they held, and are not dead to others.
     let is_held = || {
-        let registers = both.iter().flat_map(|process| registers(*process));
+        let registers = both.iter().flat_map(|process| registers(place, *process));
         registers.filter_map(|path| fs::File::open(path).ok()).any(|file| file.try_lock().is_err())
     };
-    // Held for longer, it is by the keeper that another test's program has started in their place.
-    let end = Instant::now() + Duration::from_secs(5);
-    while is_held() && Instant::now() < end {
+    let end = Instant::now() + LIMIT;
+    while is_held() {
+        assert!(Instant::now() < end, "they do not die");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -662,13 +653,14 @@ fn a_complete_image_outlives_all_processes() {
             ok(Command::new("sh").args(["-c", script]).current_dir(&at)).text()
         };
         let expected = sums();
-        let register = registers(both[0]).into_iter().find(|path| path.extension().unwrap() == "mounts").unwrap();
+        let register =
+            registers(&place, both[0]).into_iter().find(|path| path.extension().unwrap() == "mounts").unwrap();
         let end = Instant::now() + LIMIT;
         while !fs::read_to_string(&register).unwrap().contains(&format!("={}\0", at.display())) {
             assert!(Instant::now() < end, "{:?}", fs::read_to_string(&register));
             std::thread::sleep(Duration::from_millis(20));
         }
-        kill_together(&both);
+        kill_together(&place, &both);
         // What the kernel has cached would prove nothing.
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         assert_eq!(sums(), expected);
@@ -677,9 +669,9 @@ fn a_complete_image_outlives_all_processes() {
         ok(place.loris("umount").arg(&other));
         fs::write("/proc/sys/vm/drop_caches", "3").unwrap();
         assert_eq!(sums(), expected, "{flags:?}: after another one has started");
-        assert_eq!(registers(both[0]).len(), 2, "the register stays, with its note");
+        assert_eq!(registers(&place, both[0]).len(), 2, "the register stays, with its note");
         ok(place.loris("umount").arg(&at));
-        assert_eq!(registers(both[0]), Vec::<PathBuf>::new());
+        assert_eq!(registers(&place, both[0]), Vec::<PathBuf>::new());
         place.assert_clean();
     }
 }

@@ -155,7 +155,12 @@ impl Place {
     /// `loris VERB`, with cache and temporary files in this place and nothing of the user's settings.
     pub fn loris(&self, verb: &str) -> Command {
         let mut command = self.command(LORIS);
-        command.env("LORIS_CACHE_DIR", self.join("cache")).env_remove("LORIS_LOG").env_remove("LORIS_CREDS");
+        // Tests do not sweep each other's mounts.
+        command
+            .env("LORIS_CACHE_DIR", self.join("cache"))
+            .env("LORIS_REGISTER", self.join("register"))
+            .env_remove("LORIS_LOG")
+            .env_remove("LORIS_CREDS");
         command.args(verb.split(' '));
         command
     }

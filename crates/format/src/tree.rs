@@ -38,6 +38,8 @@ mod tests;
 
 /// Most symbolic links that [`Tree::resolve`] follows, as Linux has it.
 const FOLLOWED_LINKS: u32 = 40;
+/// Most names that it walks through, those in links included: more than any path that Linux takes has.
+const WALKED_NAMES: u32 = 16 << 10;
 
 /// An inode's number in its tree, counted from the root's 1 as FUSE wants it, without gaps.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -221,7 +223,12 @@ impl Tree {
         // Directories are walked into; whatever else `at` is, was reached by this name.
         let mut reached: &[u8] = b"/";
         let mut followed = 0;
+        let mut walked = 0;
         while let Some(name) = waiting.pop() {
+            walked += 1;
+            if walked > WALKED_NAMES {
+                return Err(ResolveError::TooManyLinks { name: shown(name) });
+            }
             let is_directory = self.inode(at).is_some_and(|inode| inode.kind == InodeKind::Directory);
             if !is_directory {
                 return Err(ResolveError::NotADirectory { name: shown(reached) });

@@ -10,7 +10,10 @@
 
 use std::{
     collections::{HashSet, VecDeque},
-    sync::{Arc, Weak},
+    sync::{
+        Arc, Weak,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -22,7 +25,10 @@ use loris_format::{
     tree::{InodeId, InodeKind, Tree},
 };
 use loris_oci::document::ProcessConfig;
-use tokio::sync::mpsc;
+use tokio::{
+    sync::{Semaphore, mpsc},
+    time::Instant,
+};
 
 use crate::{
     layer::LazyLayer,
@@ -33,16 +39,28 @@ use crate::{
 /// Most compressed bytes that are fetched for one command, and of one of its files.
 const MOST_BYTES: u64 = 64 << 20;
 const MOST_FILE_BYTES: u64 = 32 << 20;
-/// Files that are looked into for one image.
+/// Files that are looked into for one image, and of them at the same time.
 const MOST_FILES: usize = 512;
+const LOOKED_INTO_AT_ONCE: usize = 4;
+/// Paths that are looked up for one image.
+const MOST_LOOKUPS: u32 = 4096;
+/// Larger trees are left alone: putting one together for a guess would cost more than the guess is worth.
+const MOST_NODES: usize = 300_000;
+/// Images whose trees are put together at the same time.
+static TREES: Semaphore = Semaphore::const_new(2);
 /// Libraries that hold data and no code to speak of are read here and there only: less than 1 / so much of it.
 const DATA_PART: u64 = 64;
 /// A start is over when nobody has waited for anything for so long; then nothing is guessed any more.
 const OVER: Duration = Duration::from_secs(30);
+/// And after so long in any case.
+const LONGEST: Duration = Duration::from_secs(120);
 /// Waits that have not been looked at yet; more of them are not, for it is too late to guess at what is near them.
 const BACKLOG: usize = 64;
-/// Words of a script that are taken for programs.
-const MOST_WORDS: usize = 32;
+/// Words of a command or a script that are taken for programs.
+const MOST_WORDS: usize = 64;
+/// Of a list of directories, as much is looked at.
+const PATH_BYTES: usize = 4096;
+const PATH_DIRECTORIES: usize = 32;
 /// Where programs are looked for that are named without a directory, unless the image says.
 const PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// What is read before and at the start of nearly every program: by runtimes that look for the user, and by libc.
@@ -102,23 +120,15 @@ pub async fn foresee(layers: Vec<Arc<LazyLayer>>, command: Command) {
         layer.watch(Watcher { layer: number, to: to.clone() });
     }
     drop(to);
-    let tree = Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>());
-    let neighbours = layers.iter().map(|layer| Neighbours::of(layer.index())).collect();
-    let layers = layers.iter().map(Arc::downgrade).collect();
-    let path = if command.path.is_empty() { PATH.to_vec() } else { command.path.clone() };
-    let mut foresight = Foresight {
-        tree: Arc::new(tree),
-        layers,
-        neighbours,
-        path,
-        seen: HashSet::new(),
-        looking: FuturesUnordered::new(),
-        rest: VecDeque::new(),
-        fetching: FuturesUnordered::new(),
-        fetched_bytes: 0,
-    };
-    foresight.start_of(&command);
-    foresight.run(&mut waits).await;
+    let weak: Vec<_> = layers.iter().map(Arc::downgrade).collect();
+    let Ok(place) = TREES.acquire().await else { return };
+    // For those who can be many, or long, not here.
+    let begun = tokio::task::spawn_blocking(move || Foresight::begin(&layers, weak, &command)).await;
+    drop(place);
+    if let Ok(Some(mut foresight)) = begun {
+        // Whoever is gone is not to be kept by a guess, nor a guess by who is not.
+        let _ = tokio::time::timeout(LONGEST, foresight.run(&mut waits)).await;
+    }
 }
 
 /// What looking into a file led to.
@@ -137,35 +147,104 @@ struct Foresight {
     layers: Vec<Weak<LazyLayer>>,
     neighbours: Vec<Neighbours>,
     seen: HashSet<InodeId>,
-    path: Vec<u8>,
+    search: Search,
+    /// What is to be looked into next.
+    to_look_into: VecDeque<Looking>,
     looking: FuturesUnordered<BoxFuture<'static, Looked>>,
     /// What is to be fetched next, in this order.
     rest: VecDeque<Part>,
     fetching: FuturesUnordered<BoxFuture<'static, ()>>,
-    fetched_bytes: u64,
+    last_wait: Option<Instant>,
 }
 
+/// Where programs are looked for, and how much may still be spent on that and on what is found.
+#[derive(Clone)]
+struct Search {
+    tree: Arc<Tree>,
+    path: Arc<[u8]>,
+    lookups: Arc<AtomicU32>,
+    bytes: Arc<AtomicU64>,
+}
+
+impl Search {
+    /// Returns what a path leads to, for as long as there may be lookups.
+    fn resolve(&self, path: &[u8]) -> Option<InodeId> {
+        let take = |left: u32| left.checked_sub(1);
+        self.lookups.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        self.tree.resolve(path).ok()
+    }
+
+    /// Returns the path of a program that is named without a directory.
+    fn find(&self, name: &[u8]) -> Option<Vec<u8>> {
+        directories(&self.path)
+            .map(|directory| [directory, b"/", name].concat())
+            .find(|path| self.resolve(path).is_some())
+    }
+
+    /// Takes bytes from what may be fetched; says whether there were so many.
+    fn take(&self, bytes: u64) -> bool {
+        let take = |left: u64| left.checked_sub(bytes);
+        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+}
+
+/// Takes a list of directories with `:` between them apart.
+fn directories(path: &[u8]) -> impl Iterator<Item = &[u8]> {
+    path[..path.len().min(PATH_BYTES)].split(|&byte| byte == b':').take(PATH_DIRECTORIES)
+}
+
+/// What a round trip carries where nothing is known of the link, and at most.
+const UNKNOWN_TRIP_BYTES: u64 = 64 << 10;
+const MOST_TRIP_BYTES: u64 = 1 << 20;
 /// Ranges that are fetched at once: the next one's round trip passes while one comes.
 const SIDE_BY_SIDE: usize = 2;
 
 impl Foresight {
+    /// Looks at what the command names. `None` for what is too large to guess at.
+    fn begin(layers: &[Arc<LazyLayer>], weak: Vec<Weak<LazyLayer>>, command: &Command) -> Option<Self> {
+        let nodes = layers.iter().map(|layer| layer.index().nodes().len()).fold(0, usize::saturating_add);
+        if nodes > MOST_NODES {
+            return None;
+        }
+        let tree = Arc::new(Tree::merged(&layers.iter().map(|layer| layer.index()).collect::<Vec<_>>()));
+        let path = if command.path.is_empty() { PATH } else { &command.path };
+        let search = Search {
+            tree: Arc::clone(&tree),
+            path: path[..path.len().min(PATH_BYTES)].into(),
+            lookups: Arc::new(AtomicU32::new(MOST_LOOKUPS)),
+            bytes: Arc::new(AtomicU64::new(MOST_BYTES)),
+        };
+        let mut foresight = Self {
+            tree,
+            layers: weak,
+            neighbours: layers.iter().map(|layer| Neighbours::of(layer.index())).collect(),
+            seen: HashSet::new(),
+            search,
+            to_look_into: VecDeque::new(),
+            looking: FuturesUnordered::new(),
+            rest: VecDeque::new(),
+            fetching: FuturesUnordered::new(),
+            last_wait: None,
+        };
+        foresight.start_of(command);
+        Some(foresight)
+    }
+
     fn start_of(&mut self, command: &Command) {
         for path in ALWAYS {
             self.whole(path);
         }
-        let directory = [b"/", &command.directory[..], b"/"].concat();
-        if let Some((program, arguments)) = command.words.split_first() {
-            if program.contains(&b'/') {
-                self.look_at(&[&directory_of(program, &directory)[..], program].concat());
-            } else {
-                self.look_for(program);
-            }
-            // `sh -c "exec server"`, `python app.py`.
-            for argument in arguments {
-                for word in words(argument).take(MOST_WORDS) {
-                    self.argument(word, &directory);
-                }
-            }
+        let directory = [b"/", &command.directory[..command.directory.len().min(PATH_BYTES)], b"/"].concat();
+        let Some((program, arguments)) = command.words.split_first() else { return };
+        if program.contains(&b'/') {
+            self.look_at(&[&directory_of(program, &directory)[..], program].concat());
+        } else if let Some(path) = self.search.find(program) {
+            self.look_at(&path);
+        }
+        // `sh -c "exec server"`, `python app.py`.
+        let in_arguments = arguments.iter().take(MOST_WORDS).flat_map(|argument| words(argument));
+        for word in in_arguments.take(MOST_WORDS) {
+            self.argument(word, &directory);
         }
     }
 
@@ -173,22 +252,13 @@ impl Foresight {
     fn argument(&mut self, word: &[u8], directory: &[u8]) {
         if word.contains(&b'/') || word.contains(&b'.') {
             self.look_at(&[&directory_of(word, directory)[..], word].concat());
-        } else {
-            self.look_for(word);
-        }
-    }
-
-    /// A program that is named without a directory.
-    fn look_for(&mut self, name: &[u8]) {
-        let path = self.path.clone();
-        let place = path.split(|&byte| byte == b':').map(|directory| [directory, b"/", name].concat());
-        if let Some(path) = place.into_iter().find(|path| self.tree.resolve(path).is_ok()) {
+        } else if let Some(path) = self.search.find(word) {
             self.look_at(&path);
         }
     }
 
     fn look_at(&mut self, path: &[u8]) {
-        if let Ok(inode) = self.tree.resolve(path) {
+        if let Some(inode) = self.search.resolve(path) {
             self.look_into(inode, path);
         }
     }
@@ -198,18 +268,17 @@ impl Foresight {
         if self.seen.len() >= MOST_FILES || !self.seen.insert(inode) {
             return;
         }
-        let Some(InodeKind::Regular { layer, size, data, .. }) = self.tree.inode(inode).map(|inode| inode.kind.clone())
-        else {
-            return;
-        };
-        let Some(layer) = self.layers.get(layer.0 as usize).and_then(Weak::upgrade) else { return };
-        let file = Looking { layer, data, size, path: path.to_vec(), tree: Arc::clone(&self.tree) };
-        self.looking.push(Box::pin(file.look(self.path.clone())));
+        if let Some(InodeKind::Regular { layer, size, data, .. }) = self.tree.inode(inode).map(|inode| &inode.kind)
+            && let Some(layer) = self.layers.get(layer.0 as usize)
+        {
+            let (layer, search) = (layer.clone(), self.search.clone());
+            self.to_look_into.push_back(Looking { layer, data: *data, size: *size, path: path.to_vec(), search });
+        }
     }
 
     /// Fetches all of a file.
     fn whole(&mut self, path: &[u8]) {
-        if let Ok(inode) = self.tree.resolve(path)
+        if let Some(inode) = self.search.resolve(path)
             && let Some(InodeKind::Regular { layer, size, data, .. }) = self.tree.inode(inode).map(|inode| &inode.kind)
             && let Some(layer) = self.layers.get(layer.0 as usize)
         {
@@ -218,7 +287,8 @@ impl Foresight {
     }
 
     async fn run(&mut self, waits: &mut mpsc::Receiver<Wait>) {
-        loop {
+        while self.layers.iter().all(|layer| layer.strong_count() > 0) {
+            self.look_next();
             self.fetch_next();
             let over = tokio::time::sleep(OVER);
             tokio::select! {
@@ -239,15 +309,21 @@ impl Foresight {
         }
     }
 
+    fn look_next(&mut self) {
+        while self.looking.len() < LOOKED_INTO_AT_ONCE {
+            let Some(next) = self.to_look_into.pop_front() else { return };
+            self.looking.push(Box::pin(next.look()));
+        }
+    }
+
     fn fetch_next(&mut self) {
         while self.fetching.len() < SIDE_BY_SIDE {
             let Some((layer, ranges)) = self.rest.pop_front() else { return };
             let Some(layer) = layer.upgrade() else { continue };
             let bytes = ranges.iter().map(|range| missing_bytes(&layer, range)).fold(0, u64::saturating_add);
-            if bytes == 0 || bytes > MOST_FILE_BYTES || self.fetched_bytes.saturating_add(bytes) > MOST_BYTES {
+            if bytes == 0 || bytes > MOST_FILE_BYTES || !self.search.take(bytes) {
                 continue;
             }
-            self.fetched_bytes += bytes;
             self.fetching.push(Box::pin(async move {
                 if let Err(error) = layer.prefetched(&ranges).await {
                     tracing::debug!(%error, "what was guessed could not be had");
@@ -260,10 +336,16 @@ impl Foresight {
     fn waited(&mut self, wait: Wait) {
         let Some(layer) = self.layers.get(wait.layer).and_then(Weak::upgrade) else { return };
         let index = layer.index();
-        let link = layer.link().map_or(64 << 10, trip_bytes).clamp(32 << 10, 1 << 20);
+        let link = layer.link();
+        let trip = link.map_or(UNKNOWN_TRIP_BYTES, trip_bytes).min(MOST_TRIP_BYTES);
+        // Those who wait side by side wait for one round trip.
+        let since = self.last_wait.replace(Instant::now()).map(|last| last.elapsed());
+        if since.zip(link).is_some_and(|(since, link)| since < link.round_trip / 2) {
+            return;
+        }
         let Some(neighbours) = self.neighbours.get_mut(wait.layer) else { return };
         let weak = Arc::downgrade(&layer);
-        let guessed = neighbours.waited(index, wait.node, link, &*layer).into_iter();
+        let guessed = neighbours.waited(index, wait.node, trip, &*layer).into_iter();
         let ranges: Vec<DataRange> = guessed.filter_map(|node| data_of(index, node)).collect();
         if !ranges.is_empty() {
             // What is near what somebody waits for right now goes before what was guessed earlier.
@@ -317,15 +399,15 @@ fn words(text: &[u8]) -> impl Iterator<Item = &[u8]> {
 
 /// A file that is looked into.
 struct Looking {
-    layer: Arc<LazyLayer>,
+    layer: Weak<LazyLayer>,
     data: DataOffset,
     size: u64,
     path: Vec<u8>,
-    tree: Arc<Tree>,
+    search: Search,
 }
 
 impl Looking {
-    async fn look(self, path: Vec<u8>) -> Looked {
+    async fn look(self) -> Looked {
         let mut looked = Looked { names: Vec::new(), rest: None };
         let Some(start) = self.read(0, START_BYTES as u64).await else { return looked };
         match program::recognise(&start) {
@@ -333,10 +415,9 @@ impl Looking {
                 looked.names.push(interpreter);
                 let named = argument.as_deref().map(words).into_iter().flatten();
                 let body = words(start.splitn(2, |&byte| byte == b'\n').nth(1).unwrap_or_default());
-                for word in named.chain(body).take(10 * MOST_WORDS) {
-                    looked.names.extend(self.found(word, &path));
+                for word in named.chain(body).take(MOST_WORDS) {
+                    looked.names.extend(self.found(word));
                 }
-                looked.names.truncate(MOST_WORDS);
             }
             Some(Program::Elf(elf)) => {
                 looked.names = self.named(&elf).await;
@@ -352,12 +433,11 @@ impl Looking {
     }
 
     /// A word of a script that is a program's name, or a path.
-    fn found(&self, word: &[u8], path: &[u8]) -> Option<Vec<u8>> {
-        if word.contains(&b'/') {
-            return word.starts_with(b"/").then(|| word.to_vec());
+    fn found(&self, word: &[u8]) -> Option<Vec<u8>> {
+        match word.contains(&b'/') {
+            true => word.starts_with(b"/").then(|| word.to_vec()),
+            false => self.search.find(word),
         }
-        let place = path.split(|&byte| byte == b':').map(|directory| [directory, b"/", word].concat());
-        place.into_iter().find(|path| self.tree.resolve(path).is_ok())
     }
 
     async fn named(&self, elf: &Elf) -> Vec<Vec<u8>> {
@@ -376,7 +456,7 @@ impl Looking {
         if let Some(at) = named.search
             && let Some(search) = self.name(at).await
         {
-            directories.extend(search.split(|&byte| byte == b':').map(|directory| with_origin(directory, &own)));
+            directories.extend(self::directories(&search).map(|directory| with_origin(directory, &own)));
         }
         for root in [&b"/lib/"[..], b"/usr/lib/", b"/usr/local/lib/"] {
             directories.extend(elf.triplet().map(|triplet| [root, triplet.as_bytes()].concat()));
@@ -386,7 +466,7 @@ impl Looking {
         for at in named.libraries {
             let Some(library) = self.name(at).await else { continue };
             let mut places = directories.iter().map(|directory| [&directory[..], b"/", &library].concat());
-            names.extend(places.find(|path| self.tree.resolve(path).is_ok()));
+            names.extend(places.find(|path| self.search.resolve(path).is_some()));
         }
         names
     }
@@ -400,7 +480,7 @@ impl Looking {
     }
 
     fn part(&self) -> Part {
-        (Arc::downgrade(&self.layer), vec![self.range(0, self.size)])
+        (self.layer.clone(), vec![self.range(0, self.size)])
     }
 
     fn range(&self, at: u64, length: u64) -> DataRange {
@@ -416,11 +496,15 @@ impl Looking {
         if bytes.is_empty() {
             return None;
         }
-        self.layer.prefetched(std::slice::from_ref(&range)).await.ok()?;
-        if !self.layer.is_filled(&range) {
+        let layer = self.layer.upgrade()?;
+        if !self.search.take(missing_bytes(&layer, &range)) {
             return None;
         }
-        let count = self.layer.read_filled(range.start, &mut bytes).ok()?;
+        layer.prefetched(std::slice::from_ref(&range)).await.ok()?;
+        if !layer.is_filled(&range) {
+            return None;
+        }
+        let count = layer.read_filled(range.start, &mut bytes).ok()?;
         bytes.truncate(count);
         Some(bytes)
     }

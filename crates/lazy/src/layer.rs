@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use futures_util::{StreamExt as _, stream};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use loris_format::{
     digest::{DiffId, Digest},
     index::{Extent, FrameId, LayerIndex, NodeId, NodeKind},
@@ -29,7 +29,7 @@ use crate::{
     error::{EnsureError, ReadError, path_of},
     fetch::{Flight, Flights, Landed, Wish},
     foresight::Watcher,
-    plan::{FetchPolicy, fetched_range, go_on, plan, small_window_bytes, window_bytes, windows, windows_without_gaps},
+    plan::{FetchPolicy, fetched_range, go_on, plan, small_window_bytes, window, window_bytes, windows, without_gap},
     proof::Verdict,
     recorded::Recorder,
     schedule::{Claim, Schedule, Turn, Urgency},
@@ -43,9 +43,9 @@ use crate::{
 pub(crate) const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 /// What is guessed at stands here and there: what lies between is fetched where it is no more than this.
-const PREFETCH_GAP: u64 = 16 << 10;
-/// Requests for that at a time.
-const PREFETCH_REQUESTS: usize = 4;
+const GUESSED_GAP: u64 = 4 << 10;
+/// Requests for that at a time, of those that wait for their turn.
+const GUESSED_REQUESTS: usize = 4;
 /// How often what another image was fetching is fetched by this one where that has failed.
 const FOREIGN_FAILURES: usize = 2;
 
@@ -110,7 +110,7 @@ pub struct LayerStatistics {
     pub extents_total: u64,
     /// Of the fetched bytes, those that came because somebody waited for them, ...
     pub demand_bytes: u64,
-    /// ... those that were marked as needed by the start, ...
+    /// ... those that were marked as needed by the start, or guessed to be, ...
     pub prefetch_bytes: u64,
     /// ... those ahead of a reader, ...
     pub read_ahead_bytes: u64,
@@ -130,7 +130,7 @@ pub(crate) struct Counters {
     pub(crate) requests: AtomicU64,
     pub(crate) copied_bytes: AtomicU64,
     pub(crate) decoded_bytes: AtomicU64,
-    pub(crate) by_urgency: [AtomicU64; 4],
+    pub(crate) by_urgency: [AtomicU64; Urgency::COUNT],
     pub(crate) waits: AtomicU64,
     pub(crate) waited_nanos: AtomicU64,
     pub(crate) errors: AtomicU64,
@@ -347,7 +347,15 @@ impl LazyLayer {
         self.watchers.lock().unwrap_or_else(PoisonError::into_inner).push(watcher);
     }
 
-    /// Fills ranges of the data file ahead of anyone who reads them.
+    /// Returns how many of `frames` one request for what is guessed at asks for, as the link and its readers are now.
+    fn guessed_window(&self, frames: &[FrameId]) -> usize {
+        let link = self.link();
+        let bytes = if self.schedule.is_demanded() { small_window_bytes(link) } else { window_bytes(link) };
+        let all = self.index.frames();
+        without_gap(all, &frames[..window(all, frames, bytes)], GUESSED_GAP)
+    }
+
+    /// Fills ranges of the data file that somebody may want: behind all that is known to be wanted.
     pub(crate) async fn prefetched(self: &Arc<Self>, ranges: &[DataRange]) -> Result<(), EnsureError> {
         let extents = ranges.iter().flat_map(|range| self.index.extents_in(range));
         let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
@@ -356,16 +364,21 @@ impl LazyLayer {
             ranges.iter().flat_map(|range| self.missing_frames(self.index.extents_in(range))).collect();
         frames.sort_unstable();
         frames.dedup();
-        let bytes =
-            if self.schedule.is_demanded() { small_window_bytes(self.link()) } else { window_bytes(self.link()) };
-        let requests = windows_without_gaps(self.index.frames(), &frames, bytes, PREFETCH_GAP);
-        let bring = |window: Vec<FrameId>| async move {
-            let turn = self.schedule.turn(self.claim(&window, Urgency::Prefetch)).await;
-            self.bring(&window, turn).await
-        };
-        let mut under_way = stream::iter(requests.into_iter().map(bring)).buffer_unordered(PREFETCH_REQUESTS);
-        while let Some(outcome) = under_way.next().await {
-            outcome?;
+        let mut rest = &frames[..];
+        let mut under_way = FuturesUnordered::new();
+        loop {
+            while !rest.is_empty() && under_way.len() < GUESSED_REQUESTS {
+                let (window, behind) = rest.split_at(self.guessed_window(rest));
+                rest = behind;
+                under_way.push(async {
+                    let turn = self.schedule.turn(self.claim(window, Urgency::Guess)).await;
+                    self.bring(window, turn).await
+                });
+            }
+            match under_way.next().await {
+                Some(outcome) => outcome?,
+                None => break,
+            }
         }
         drop(under_way);
         // Those that were on their way for others.
@@ -514,7 +527,10 @@ impl LazyLayer {
             extents_filled: self.cache.filled().count() as u64,
             extents_total: self.index.extents().len() as u64,
             demand_bytes: get(&self.counters.by_urgency[Urgency::Demand as usize]),
-            prefetch_bytes: get(&self.counters.by_urgency[Urgency::Prefetch as usize]),
+            prefetch_bytes: [Urgency::Prefetch, Urgency::Guess]
+                .map(|urgency| get(&self.counters.by_urgency[urgency as usize]))
+                .iter()
+                .sum(),
             read_ahead_bytes: get(&self.counters.by_urgency[Urgency::ReadAhead as usize]),
             completion_bytes: get(&self.counters.by_urgency[Urgency::Completion as usize]),
             waits: get(&self.counters.waits),

@@ -17,15 +17,15 @@ const WAITS: [u32; 4] = [2, 3, 5, 8];
 /// Nodes that are looked at for one guess.
 const MOST_NODES: usize = 8192;
 /// What a file costs at least.
-const REQUEST_BYTES: u64 = 2 << 10;
+const REQUEST_BYTES: u64 = 4 << 10;
 /// Larger files are left alone: they are read in parts, or not at all.
 const LARGE_BYTES: u64 = 4 << 20;
 
 /// The waits in one layer.
 #[derive(Debug)]
 pub(crate) struct Neighbours {
-    /// By node: a directory that holds it.
-    parents: Vec<NodeId>,
+    /// By node: a directory that holds it, and its place among the children there.
+    places: Vec<(NodeId, u32)>,
     /// By directory: what happened below it.
     below: HashMap<NodeId, Below>,
 }
@@ -45,15 +45,15 @@ pub(crate) trait Guessable {
 
 impl Neighbours {
     pub(crate) fn of(index: &LayerIndex) -> Self {
-        let mut parents = vec![NodeId::ROOT; index.nodes().len()];
+        let mut places = vec![(NodeId::ROOT, 0); index.nodes().len()];
         for (number, node) in (0..).map(NodeId).zip(index.nodes()) {
             if let NodeKind::Directory { children } = &node.kind {
-                for (_, child) in children {
-                    parents[child.0 as usize] = number;
+                for (place, (_, child)) in (0..).zip(children) {
+                    places[child.0 as usize] = (number, place);
                 }
             }
         }
-        Self { parents, below: HashMap::new() }
+        Self { places, below: HashMap::new() }
     }
 
     /// Somebody waited for a file. Returns files that may be wanted next, the likeliest first; `trip_bytes` is what the link
@@ -70,7 +70,8 @@ impl Neighbours {
         let name = self.name(index, node);
         for needed in WAITS {
             let below = at;
-            at = self.parents[below.0 as usize];
+            let place = self.places[below.0 as usize].1 as usize;
+            at = self.places[below.0 as usize].0;
             // Everything stands below the root.
             if at == NodeId::ROOT {
                 break;
@@ -80,10 +81,10 @@ impl Neighbours {
             guess.budget = trip_bytes.saturating_mul(u64::from(waits)).saturating_sub(known.guessed + guess.taken);
             if waits < needed || name.is_empty() {
             } else if below == node {
-                guess.files_of(at, below, &|other| suffix(other) == suffix(name));
+                guess.files_of(at, place, &|other| suffix(other) == suffix(name));
             } else {
-                guess.below(at, below, &|other| other == name);
-                guess.below(at, below, &|other| suffix(other) == suffix(name));
+                guess.below(at, place, &|other| other == name);
+                guess.below(at, place, &|other| suffix(other) == suffix(name));
             }
             self.below.insert(at, Below { waits, guessed: known.guessed + guess.taken });
         }
@@ -95,17 +96,17 @@ impl Neighbours {
         let mut names = Vec::new();
         let mut at = node;
         // An index is a tree, so that this ends.
-        while at != NodeId::ROOT && names.len() < self.parents.len() {
+        while at != NodeId::ROOT && names.len() < self.places.len() {
             names.push(self.name(index, at));
-            at = self.parents[at.0 as usize];
+            at = self.places[at.0 as usize].0;
         }
         names.reverse();
         names.join(&b'/')
     }
 
     fn name<'a>(&self, index: &'a LayerIndex, node: NodeId) -> &'a [u8] {
-        let children = index.children(self.parents[node.0 as usize]);
-        children.iter().find(|(_, child)| *child == node).map_or(&[], |(name, _)| name)
+        let (directory, place) = self.places[node.0 as usize];
+        index.children(directory).get(place as usize).map_or(&[], |(name, _)| name)
     }
 }
 
@@ -128,9 +129,10 @@ impl<L: Guessable> Guess<'_, L> {
         self.budget == 0 || self.looked_at >= MOST_NODES
     }
 
-    /// The files of a directory, those behind `from` first.
-    fn files_of(&mut self, directory: NodeId, from: NodeId, is_alike: &dyn Fn(&[u8]) -> bool) {
-        for (name, node) in rotated(self.index.children(directory), from) {
+    /// The files of a directory, those behind the place `from` first.
+    fn files_of(&mut self, directory: NodeId, from: usize, is_alike: &dyn Fn(&[u8]) -> bool) {
+        let (before, behind) = around(self.index.children(directory), from);
+        for (name, node) in behind.iter().chain(before) {
             if self.is_over() {
                 return;
             }
@@ -141,23 +143,24 @@ impl<L: Guessable> Guess<'_, L> {
         }
     }
 
-    /// The files below a directory, those behind `from` first.
-    fn below(&mut self, directory: NodeId, from: NodeId, is_alike: &dyn Fn(&[u8]) -> bool) {
-        // What is still to be looked at, the next one last.
-        let mut waiting: Vec<(&[u8], NodeId)> = Vec::new();
+    /// The files below a directory, those behind the place `from` first.
+    fn below(&mut self, directory: NodeId, from: usize, is_alike: &dyn Fn(&[u8]) -> bool) {
         let index = self.index;
-        waiting.extend(rotated(index.children(directory), from).map(|(name, node)| (&**name, *node)));
-        waiting.reverse();
-        while let Some((name, node)) = waiting.pop() {
+        let (before, behind) = around(index.children(directory), from);
+        // What is still to be looked at, the next one last.
+        let mut waiting = vec![before.iter(), behind.iter()];
+        while let Some(children) = waiting.last_mut() {
             if self.is_over() {
                 return;
             }
+            let Some((name, node)) = children.next() else {
+                waiting.pop();
+                continue;
+            };
             self.looked_at += 1;
-            match &index.node(node).kind {
-                NodeKind::Directory { children } => {
-                    waiting.extend(children.iter().rev().map(|(name, node)| (&**name, *node)));
-                }
-                NodeKind::Regular(_) if is_alike(name) => self.take(node),
+            match &index.node(*node).kind {
+                NodeKind::Directory { children } => waiting.push(children.iter()),
+                NodeKind::Regular(_) if is_alike(name) => self.take(*node),
                 _ => {}
             }
         }
@@ -180,9 +183,10 @@ impl<L: Guessable> Guess<'_, L> {
     }
 }
 
-/// Children from the one behind `from` to the end, and then from the beginning to `from`.
-fn rotated(children: &[(Box<[u8]>, NodeId)], from: NodeId) -> impl Iterator<Item = &(Box<[u8]>, NodeId)> {
-    let place = children.iter().position(|(_, node)| *node == from).map_or(0, |place| place + 1);
-    let (before, behind) = children.split_at(place);
-    behind.iter().chain(before)
+type Child = (Box<[u8]>, NodeId);
+
+/// Children before the one at the place `from`, and those behind it.
+fn around(children: &[Child], from: usize) -> (&[Child], &[Child]) {
+    let (before, behind) = children.split_at(from.min(children.len()));
+    (before, behind.get(1..).unwrap_or_default())
 }

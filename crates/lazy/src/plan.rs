@@ -95,12 +95,12 @@ pub fn windows(frames: &[Frame], wanted: &[FrameId], bytes: u64) -> Vec<Vec<Fram
     windows
 }
 
-/// Does the same, and cuts wherever more than `gap` bytes lie between two frames too.
+/// Returns how many of a sorted list of frames stand with no more than `gap` bytes between two of them; one at least.
 #[must_use]
-pub fn windows_without_gaps(frames: &[Frame], wanted: &[FrameId], bytes: u64, gap: u64) -> Vec<Vec<FrameId>> {
+pub fn without_gap(frames: &[Frame], wanted: &[FrameId], gap: u64) -> usize {
     let range = |id: FrameId| fetched_range(&frames[id.0 as usize]);
-    let is_near = |before: &FrameId, next: &FrameId| range(*next).start.0 <= range(*before).end().0.saturating_add(gap);
-    wanted.chunk_by(is_near).flat_map(|cluster| windows(frames, cluster, bytes)).collect()
+    let is_far = |pair: &[FrameId]| range(pair[1]).start.0 > range(pair[0]).end().0.saturating_add(gap);
+    wanted.windows(2).position(is_far).map_or(wanted.len(), |place| place + 1)
 }
 
 impl Default for FetchPolicy {

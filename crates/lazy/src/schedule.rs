@@ -22,6 +22,8 @@ use tokio::{
 /// Requests under way for which nobody waits. Enough to keep a link full while the next one's round trip passes, and few
 /// enough that a read on demand gets its share at once.
 const BACKGROUND_REQUESTS: usize = 4;
+/// Of these, guesses beside those who read on demand.
+const GUESSES: usize = 2;
 /// Completion stays away for this many round trips after a read on demand: a program that reads one file after another
 /// needs about one from one read to the next.
 const QUIET_ROUND_TRIPS: u32 = 4;
@@ -42,12 +44,14 @@ pub enum Urgency {
     Prefetch,
     /// A reader goes in their direction.
     ReadAhead,
+    /// Something hints at them.
+    Guess,
     /// They belong to the layer.
     Completion,
 }
 
 impl Urgency {
-    const COUNT: usize = 4;
+    pub(crate) const COUNT: usize = 5;
 
     fn is_background(self) -> bool {
         self != Self::Demand
@@ -124,6 +128,12 @@ impl State {
         let fits = self.memory.saturating_add(claim.bytes) <= memory || self.memory == 0;
         if !requests || !fits {
             return Verdict::Later;
+        }
+        if claim.urgency == Urgency::Guess
+            && self.running[Urgency::Guess as usize] >= GUESSES
+            && let Some(quiet) = self.quiet_from(now, self.quiet())
+        {
+            return Verdict::At(quiet);
         }
         if claim.urgency == Urgency::Completion {
             if let Some(quiet) = self.quiet_from(now, self.quiet())

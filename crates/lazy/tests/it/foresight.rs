@@ -118,6 +118,33 @@ async fn what_is_wrong_costs_no_more_than_the_waiting_did() {
 }
 
 #[tokio::test]
+async fn a_guess_keeps_no_layer_open() {
+    let files = (0..9).map(|number| (format!("f{number}"), noise(number, 1500))).collect();
+    let case = Case::new(files, shape());
+    let layer = case.open().await;
+    let weak = Arc::downgrade(&layer);
+    let command = Command { words: vec![b"/f5".to_vec()], ..Command::default() };
+    let foreseen = tokio::spawn(foresee(vec![Arc::clone(&layer)], command));
+    until("the guess", || is_whole(&case, &layer, "f5")).await;
+    drop(layer);
+    until("the end of the layer", || weak.strong_count() == 0).await;
+    foreseen.abort();
+}
+
+#[tokio::test]
+async fn a_command_of_a_million_words_is_looked_at_in_part() {
+    let case = Case::new(vec![("a/b".to_owned(), noise(1, 100))], shape());
+    let layer = case.open().await;
+    let words = vec![b"x".to_vec(); 1_000_000];
+    let command = Command { words, path: b":".repeat(1 << 20), directory: b"/".repeat(1 << 20) };
+    let weak = Arc::downgrade(&layer);
+    let foreseen = tokio::spawn(foresee(vec![layer], command));
+    // It lets go of the layer when it has looked at the command.
+    until("the end of the words", || weak.strong_count() == 0).await;
+    foreseen.abort();
+}
+
+#[tokio::test]
 async fn images_whose_writers_marked_the_start_are_left_alone() {
     let files = (0..9).map(|number| (format!("f{number}"), noise(number, 1500))).collect();
     let case = Case::new(files, Shape { landmark: Some(2), ..shape() });

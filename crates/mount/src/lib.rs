@@ -27,6 +27,7 @@ mod fsopen;
 pub mod fuse;
 pub mod keeper;
 mod loop_device;
+pub mod memory;
 pub mod mounts;
 pub mod overlay;
 pub mod pager;

@@ -131,6 +131,12 @@ impl Ahead {
         Some(Arc::clone(&self.state().layers.get(&snapshot)?.layer))
     }
 
+    /// Returns how much was fetched of all layers that are open.
+    pub(crate) fn fetched_bytes(&self) -> u64 {
+        let state = self.state();
+        state.layers.values().map(|kept| kept.layer.statistics().fetched_bytes).fold(0, u64::wrapping_add)
+    }
+
     /// Returns all layers that are open, by image.
     #[must_use]
     pub fn layers(&self) -> Vec<(String, Arc<LazyLayer>)> {

@@ -37,6 +37,7 @@ use crate::{
     ahead::{self, Ahead},
     content::{self, Content},
     handover::{self, Control, Entered, Left},
+    idle,
     keychain::cri::ImageService,
     listener::{self, Listener},
     lowers::{self, LowerKey, Lowers},
@@ -327,6 +328,7 @@ impl Daemon {
             served = serving => served.map_err(io::Error::other),
             served = serving_kubelet => served,
             () = self.content.run() => Ok(()),
+            () = idle::give_memory_back(self.snapshots.ahead()) => Ok(()),
             () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }

@@ -32,6 +32,7 @@ pub mod content;
 pub mod daemon;
 pub mod filter;
 mod handover;
+mod idle;
 pub mod install;
 pub mod keychain;
 pub mod labels;

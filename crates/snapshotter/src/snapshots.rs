@@ -477,6 +477,12 @@ impl Snapshots {
         self.blocking(Inner::clean).await
     }
 
+    /// The layers that are open.
+    #[must_use]
+    pub fn ahead(&self) -> &Ahead {
+        &self.inner.ahead
+    }
+
     /// What holds lower directories.
     #[must_use]
     pub fn lowers(&self) -> &Arc<Lowers> {

@@ -20,7 +20,7 @@
 //! believed.
 //!
 //! All formats whose table stands at the end of the blob are opened here. One has a function that finds its table by the
-//! tail ([`Table`]), and one that decodes it; what a table says is made an index by [`crate::estargz::open::index`].
+//! tail (`Table`), and one that decodes it; what a table says is made an index by [`crate::estargz::open::index`].
 //!
 //! What this module must not know: who reads the blob's ranges, and how.
 

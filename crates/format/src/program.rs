@@ -318,7 +318,7 @@ mod tests {
             let named = elf.named(&file[0x200..0x280]);
             assert_eq!(named, Named { libraries: vec![0x309, 0x30b], search: Some(0x30e) });
             let text = |at: usize| name(&file[at..]).unwrap();
-            assert_eq!((text(0x309), text(0x30b), text(0x30e)), (&b"a"[..], &b"bc"[..], &b"run"[..]));
+            assert_eq!((text(0x309), text(0x30b), text(0x30e)), (&b"a"[..], &b"bc"[..], &b"d/run"[..]));
             assert_eq!(elf.triplet(), Some("i386-linux-gnu"));
         }
     }

@@ -3,7 +3,7 @@
 //! A command names a program, that an interpreter and libraries, those more libraries: long before the dynamic loader comes
 //! to them one after the other, they can be on their way, and while the container is still being made, the link is idle.
 //! The same goes for a library that a program loads later, and for files beside those that were waited for
-//! (see [`neighbours`](crate::neighbours)). A guess decides what is early and nothing else: reads on demand overtake it, and
+//! (module `neighbours`). A guess decides what is early and nothing else: reads on demand overtake it, and
 //! what is guessed in vain is bounded.
 //!
 //! Images whose writers marked what a start needs are left alone: they know better.

@@ -62,6 +62,10 @@ pub(crate) struct ConvertArguments {
     /// Uncompressed bytes of a chunk, also as in `512K` or `1MiB`; 0 for the usual 4 MiB
     #[arg(long, default_value_t = 0, value_name = "BYTES", value_parser = byte_count)]
     estargz_chunk_size: u64,
+    /// Put several files or chunks into one gzip member while that has fewer uncompressed bytes: smaller layers, which
+    /// readers before stargz-snapshotter 0.13 misread
+    #[arg(long, default_value_t = 0, value_name = "BYTES", value_parser = byte_count)]
+    estargz_min_chunk_size: u64,
     /// Files that a workload reads, as `ctr-remote` records them: they come first in their layers
     #[arg(long, value_name = "FILE")]
     estargz_record_in: Option<PathBuf>,
@@ -153,6 +157,12 @@ impl ConvertArguments {
             asked if asked <= MAX_CHUNK_BYTES => asked,
             asked => return Err(Usage(format!("{flag} {asked}: the largest is {MAX_CHUNK_BYTES}")).into()),
         };
+        let min_member_bytes = match self.estargz_min_chunk_size {
+            asked if asked <= MAX_CHUNK_BYTES => asked,
+            asked => {
+                return Err(Usage(format!("--estargz-min-chunk-size {asked}: the largest is {MAX_CHUNK_BYTES}")).into());
+            }
+        };
         let dialect = match self.zstdchunked_dialect {
             Reader::Containers => Dialect::Containers,
             Reader::Stargz => Dialect::Stargz,
@@ -169,7 +179,7 @@ impl ConvertArguments {
             // As nerdctl: `--oci` alone changes media types and nothing else.
             Target::Keep
         } else {
-            Target::Lazy(LayerOptions { format, level, chunk_bytes, ..LayerOptions::default() })
+            Target::Lazy(LayerOptions { format, level, chunk_bytes, min_member_bytes, ..LayerOptions::default() })
         };
         let record = self
             .estargz_record_in

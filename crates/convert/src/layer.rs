@@ -78,6 +78,9 @@ pub struct LayerOptions {
     pub level: GzipLevel,
     /// Uncompressed bytes of a chunk, for zstd:chunked at most, from 1 to [`MAX_CHUNK_BYTES`].
     pub chunk_bytes: u64,
+    /// eStargz only: several files or chunks go into one member while that has fewer uncompressed bytes, at most
+    /// [`MAX_CHUNK_BYTES`]. The blob is smaller, and reading a small file costs more.
+    pub min_member_bytes: u64,
     /// Files that come first, in this order, as paths in the image. Where there are none, the layer says that nothing
     /// is worth prefetching.
     pub prioritised: Vec<Vec<u8>>,
@@ -95,11 +98,20 @@ impl Default for LayerOptions {
             format: Format::default(),
             level: GzipLevel::BEST,
             chunk_bytes: DEFAULT_CHUNK_BYTES,
+            min_member_bytes: 0,
             prioritised: Vec::new(),
             allow_missing: false,
             max_uncompressed_bytes: DEFAULT_MAX_UNCOMPRESSED_BYTES,
             limits: Limits::default(),
         }
+    }
+}
+
+impl LayerOptions {
+    /// Returns how many bytes of content are compressed at once, at most: for [`Workers::start`].
+    #[must_use]
+    pub fn piece_bytes(&self) -> u64 {
+        self.chunk_bytes.max(self.min_member_bytes)
     }
 }
 
@@ -185,6 +197,12 @@ pub enum Error {
         /// What was asked for.
         bytes: u64,
     },
+    /// A least size of members that is not possible.
+    #[error("gzip members can be filled up to {MAX_CHUNK_BYTES} bytes, not {bytes}")]
+    MemberSize {
+        /// What was asked for.
+        bytes: u64,
+    },
     /// The source does not come, or is not what its compression says.
     #[error("its content cannot be read: {0}")]
     Input(#[source] std::io::Error),
@@ -263,6 +281,9 @@ pub fn convert_layer(
 ) -> Result<ConvertedLayer, Error> {
     if !(1..=MAX_CHUNK_BYTES).contains(&options.chunk_bytes) {
         return Err(Error::ChunkSize { bytes: options.chunk_bytes });
+    }
+    if options.min_member_bytes > MAX_CHUNK_BYTES {
+        return Err(Error::MemberSize { bytes: options.min_member_bytes });
     }
     if let Format::ZstdChunked(level, dialect) = options.format {
         return zstd::convert(input, options, (level, dialect), workers, watch, spool_directory, sink);

@@ -203,7 +203,11 @@ fn writer(options: &LayerOptions, prioritised: &[Vec<u8>]) -> String {
     let order = if prioritised.is_empty() { "none".to_owned() } else { hasher.finish().to_string() };
     let chunk = options.chunk_bytes;
     match options.format {
-        Format::Estargz => format!("estargz/{REVISION} level={} chunk={chunk} order={order}", options.level.get()),
+        Format::Estargz => {
+            let least = options.min_member_bytes;
+            let least = if least > 0 { format!(" least={least}") } else { String::new() };
+            format!("estargz/{REVISION} level={} chunk={chunk}{least} order={order}", options.level.get())
+        }
         Format::ZstdChunked(level, dialect) => {
             let dialect = match dialect {
                 Dialect::Containers => "containers",
@@ -246,7 +250,7 @@ async fn convert_jobs(jobs: &[Job], carrier: &Carrier<'_>, options: &ConvertOpti
         Target::Lazy(layer) => {
             let threads =
                 options.threads.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
-            Some(Arc::new(Workers::start(threads, layer.chunk_bytes, options.memory_bytes).map_err(Error::Threads)?))
+            Some(Arc::new(Workers::start(threads, layer.piece_bytes(), options.memory_bytes).map_err(Error::Threads)?))
         }
         Target::Keep | Target::Uncompressed => None,
     };

@@ -79,6 +79,7 @@ impl PlannedEntry {
                 header: Piece::Spooled { offset: record.offset, length: u64::from(record.header) },
                 content: content(record),
                 size: record.size,
+                begins_member: false,
             },
         }
     }
@@ -342,6 +343,7 @@ impl Source<'_> {
             header: Piece::Made(header.into()),
             content: content(from),
             size: from.size,
+            begins_member: false,
         })))
     }
 

@@ -50,7 +50,8 @@ pub(super) fn write(
         text: TocText::create(directory, options.limits.toc_bytes)?,
         options,
     };
-    let members = Members::new(plan.entries.into_iter().map(PlannedEntry::bytes), options.chunk_bytes);
+    let members = Members::new(plan.entries.into_iter().map(PlannedEntry::bytes), options.chunk_bytes)
+        .with_least_bytes(options.min_member_bytes);
     compress_all(members, &plan.spool, Strength::Gzip(options.level), workers, |batch, slot| {
         watch.check()?;
         output.take(batch, slot)
@@ -85,10 +86,10 @@ pub(super) struct Batch {
 
 pub(super) struct MemberOfBatch {
     pub(super) length: usize,
-    chunk: usize,
+    /// Where chunks are, and their digests, which the worker fills in.
+    pub(super) chunks: Vec<(Range<usize>, Digest)>,
     pub(super) headers: Vec<Range<usize>>,
-    /// Filled in by the worker: the digest of the chunk, and where the compressed member ends in [`Slot::packed`].
-    pub(super) digest: Option<Digest>,
+    /// Where the compressed member ends in [`Slot::packed`]; filled in by the worker.
     pub(super) packed_end: usize,
 }
 
@@ -168,15 +169,13 @@ fn next_batch(members: &mut Peekable<impl Iterator<Item = Member>>) -> Result<Ba
     let size = |bytes: u64| usize::try_from(bytes).map_err(|error| Failure::Spool(io::Error::other(error)));
     while let Some(member) = members.next_if(|member| length == 0 || length + member.length <= BATCH_BYTES) {
         length += member.length;
-        let mut headers = Vec::with_capacity(member.headers.len());
-        for header in &member.headers {
-            headers.push(size(header.start)?..size(header.end)?);
-        }
+        let sizes = |range: &Range<u64>| Ok::<_, Failure>(size(range.start)?..size(range.end)?);
+        let unknown = Digest::sha256_of(b"");
+        let chunks = member.chunks.iter().map(|chunk| Ok((sizes(chunk)?, unknown)));
         batch.members.push(MemberOfBatch {
             length: size(member.length)?,
-            chunk: size(member.chunk)?,
-            headers,
-            digest: None,
+            chunks: chunks.collect::<Result<_, Failure>>()?,
+            headers: member.headers.iter().map(sizes).collect::<Result<_, _>>()?,
             packed_end: 0,
         });
         for piece in member.pieces {
@@ -212,8 +211,8 @@ fn compress(
     let mut begin = 0;
     for member in &mut batch.members {
         let raw = &slot.raw[begin..begin + member.length];
-        if member.chunk > 0 {
-            member.digest = Some(Digest::sha256_of(&raw[..member.chunk]));
+        for (chunk, digest) in &mut member.chunks {
+            *digest = Digest::sha256_of(&raw[chunk.clone()]);
         }
         tools.compress(strength, raw, &mut slot.packed);
         member.packed_end = slot.packed.len();
@@ -239,11 +238,15 @@ impl<'a, W: Write> Output<'a, W> {
         for member in &batch.members {
             let (content, rest) = raw.split_at(member.length);
             raw = rest;
-            if let Some(digest) = member.digest {
-                let offset = BlobOffset(self.blob.size + packed_begin as u64);
-                self.table.chunk(offset, digest, &content[..member.chunk])?;
+            let offset = BlobOffset(self.blob.size + packed_begin as u64);
+            let mut headers = member.headers.iter().peekable();
+            for (chunk, digest) in &member.chunks {
+                while let Some(header) = headers.next_if(|header| header.end <= chunk.start) {
+                    self.table.entry(&parse_header(&content[header.clone()], self.options)?)?;
+                }
+                self.table.chunk(offset, chunk.start as u64, *digest, &content[chunk.clone()])?;
             }
-            for header in &member.headers {
+            for header in headers {
                 self.table.entry(&parse_header(&content[header.clone()], self.options)?)?;
             }
             packed_begin = member.packed_end;

@@ -20,7 +20,7 @@ pub(super) fn convert_with(
     threads: usize,
 ) -> Result<(ConvertedLayer, Vec<u8>), Error> {
     let workers =
-        Workers::start(NonZeroUsize::new(threads).unwrap(), options.chunk_bytes, DEFAULT_MEMORY_BYTES).unwrap();
+        Workers::start(NonZeroUsize::new(threads).unwrap(), options.piece_bytes(), DEFAULT_MEMORY_BYTES).unwrap();
     let mut blob = Vec::new();
     let watch = Watch::default();
     let layer = convert_layer(source, options, &workers, &watch, &std::env::temp_dir(), &mut blob)?;
@@ -242,6 +242,43 @@ fn the_number_of_threads_makes_no_difference() {
             assert!(convert_with(&source, &options(chunk, &["d3/f13", "d0/f0"]), threads).unwrap() == one);
         }
     }
+}
+
+#[test]
+fn files_share_members_where_that_is_asked_for() {
+    let source = mixed(200);
+    let alone = convert(&source, &options(1 << 20, &["d3/f13", "d0/f0"]));
+    let tree = open(&alone.1, &alone.0);
+    let mut sizes = vec![alone.1.len()];
+    for least in [1, 10_000, 200_000, 4 << 20] {
+        let wanted = LayerOptions { min_member_bytes: least, ..options(1 << 20, &["d3/f13", "d0/f0"]) };
+        let (layer, blob) = convert(&source, &wanted);
+        assert!(convert_with(&source, &wanted, 5).unwrap() == (layer.clone(), blob.clone()), "{least}");
+        assert_eq!(names(&blob), names(&alone.1));
+        let index = open(&blob, &layer);
+        let mut files = 0;
+        for name in names(&blob) {
+            let found = content(&index, &blob, &name);
+            assert!(found == content(&tree, &alone.1, &name), "{least}: {name}");
+            files += usize::from(found.is_some());
+        }
+        assert!(files > 100);
+        // Whoever prefetches gets the two files and no other.
+        let before = |index: &LayerIndex| match index.prefetch() {
+            loris_format::index::Prefetch::Until(end) => index
+                .extents()
+                .iter()
+                .filter(|extent| index.frames()[extent.frame.0 as usize].range.start < end)
+                .count(),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(before(&index), before(&tree));
+        assert_eq!(least > 1, index.frames().len() < tree.frames().len(), "{least}");
+        sizes.push(blob.len());
+    }
+    assert!(sizes.is_sorted_by(|less, more| less >= more), "{sizes:?}");
+    let error = convert_with(&source, &LayerOptions { min_member_bytes: 65 << 20, ..LayerOptions::default() }, 1);
+    assert!(matches!(error, Err(Error::MemberSize { .. })));
 }
 
 #[test]

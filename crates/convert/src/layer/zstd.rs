@@ -281,7 +281,12 @@ impl<I: Iterator<Item = Part>> Frames<'_, I> {
         let mut at = 0;
         for cut in cuts {
             let pieces = vec![part(&content, at, cut.length)];
-            self.waiting.push_back(Member { pieces, length: cut.length, chunk: cut.length, headers: Vec::new() });
+            self.waiting.push_back(Member {
+                pieces,
+                length: cut.length,
+                chunks: vec![0..cut.length],
+                headers: Vec::new(),
+            });
             self.holes.borrow_mut().push_back(cut.hole);
             at += cut.length;
         }
@@ -382,8 +387,8 @@ impl<W: Write> Output<'_, W> {
             raw = rest;
             let offset = self.blob.size + packed_begin as u64;
             packed_begin = member.packed_end;
-            match member.digest {
-                Some(digest) => {
+            match member.chunks.first() {
+                Some(&(_, digest)) => {
                     let end = self.blob.size + member.packed_end as u64;
                     self.chunk(offset, end, digest, content, hole())?;
                 }

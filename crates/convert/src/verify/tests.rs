@@ -16,10 +16,13 @@ use crate::{
 };
 
 fn convert(tar: &[u8], chunk_bytes: u64) -> (ConvertedLayer, Vec<u8>) {
-    let workers = Workers::start(NonZeroUsize::MIN, chunk_bytes, 0).unwrap();
+    convert_with(tar, &LayerOptions { chunk_bytes, ..LayerOptions::default() })
+}
+
+fn convert_with(tar: &[u8], options: &LayerOptions) -> (ConvertedLayer, Vec<u8>) {
+    let workers = Workers::start(NonZeroUsize::MIN, options.piece_bytes(), 0).unwrap();
     let mut blob = Vec::new();
-    let options = LayerOptions { chunk_bytes, ..LayerOptions::default() };
-    let layer = convert_layer(tar, &options, &workers, &Watch::default(), &std::env::temp_dir(), &mut blob).unwrap();
+    let layer = convert_layer(tar, options, &workers, &Watch::default(), &std::env::temp_dir(), &mut blob).unwrap();
     (layer, blob)
 }
 
@@ -33,7 +36,10 @@ struct Claimed {
 
 impl Claimed {
     fn converted(tar: &[u8], chunk_bytes: u64) -> Self {
-        let (layer, blob) = convert(tar, chunk_bytes);
+        Self::of(convert(tar, chunk_bytes))
+    }
+
+    fn of((layer, blob): (ConvertedLayer, Vec<u8>)) -> Self {
         let annotations = layer.annotations();
         Self { blob, diff_id: layer.diff_id.0, annotations, media_type: media_type::OCI_LAYER_GZIP }
     }
@@ -97,6 +103,20 @@ fn everything() -> Archive {
         .link("l", "d/a")
         .entry(&symlink, b"")
         .entry(&device, b"")
+}
+
+#[test]
+fn files_that_share_members_are_compared() {
+    let tar = everything().file("z", b"another file").file("empty2", b"").file("y", &[7; 3000]).end();
+    let filled = |least| LayerOptions { chunk_bytes: 5, min_member_bytes: least, ..LayerOptions::default() };
+    for least in [600, 2000, 1 << 20] {
+        assert_eq!(Claimed::of(convert_with(&tar, &filled(least))).findings(), [""; 0], "{least}");
+    }
+    // The table of members that begin elsewhere.
+    let (_, table) = convert_with(&tar, &filled(2000));
+    let other = Claimed::of(convert_with(&tar, &filled(600)));
+    let spliced = splice(&other.blob, &table);
+    assert!(!other.with_blob(spliced).findings().is_empty());
 }
 
 /// Puts the table of contents of one blob behind the content of another.

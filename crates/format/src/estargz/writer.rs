@@ -13,7 +13,7 @@
 //!
 //! Format: `docs/estargz.md` of containerd/stargz-snapshotter. A member begins at the top of the blob, at the payload
 //! (not the header) of every file that is not empty, at each further chunk of it, at the tar header of the table of
-//! contents, and at the footer.
+//! contents, and at the footer. Where members of a least size are asked for, one holds several files or chunks.
 
 use crate::{
     estargz::toc::{LANDMARK_CONTENT, TOC_NAME},
@@ -68,7 +68,12 @@ pub fn landmark(name: &str) -> Result<EntryBytes, Error> {
     let size = LANDMARK_CONTENT.len() as u64;
     let header = tar::encode_header(&tar::Entry { path: name.into(), size, ..tar::Entry::default() })?;
     let content = [LANDMARK_CONTENT, tar::padding(size)].concat();
-    Ok(EntryBytes { header: Piece::Made(header.into()), content: Some(Piece::Made(content.into())), size })
+    Ok(EntryBytes {
+        header: Piece::Made(header.into()),
+        content: Some(Piece::Made(content.into())),
+        size,
+        begins_member: true,
+    })
 }
 
 /// Returns the tar header of the table of contents, whose JSON text has `length` bytes. Behind the text come its

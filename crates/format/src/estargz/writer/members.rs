@@ -41,17 +41,19 @@ pub struct EntryBytes {
     pub content: Option<Piece>,
     /// Bytes of its content, without padding.
     pub size: u64,
+    /// Whether a member must begin with its content, whatever is in the one before: readers prefetch up to the landmark's.
+    pub begins_member: bool,
 }
 
-/// One gzip member, uncompressed: `[chunk of content][padding][headers of the entries that follow]`.
+/// One gzip member, uncompressed: `[chunk of content][padding][headers of the entries that follow]`, once or repeatedly.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Member {
     /// What it holds.
     pub pieces: Vec<Piece>,
     /// Bytes of all pieces together.
     pub length: u64,
-    /// How many bytes of content it begins with; 0 where it begins with headers.
-    pub chunk: u64,
+    /// Where in the member chunks of content are: one, with which it begins, or none, or as many as were asked for.
+    pub chunks: Vec<Range<u64>>,
     /// Where in the member each entry's headers are.
     pub headers: Vec<Range<u64>>,
 }
@@ -74,30 +76,63 @@ impl Member {
 pub struct Members<I> {
     entries: I,
     chunk_bytes: u64,
+    /// A member is not ended by content before it has so many bytes.
+    least_bytes: u64,
     open: Member,
     /// An entry that waits for a member of its own.
     waiting: Option<EntryBytes>,
-    /// What is left of the content of the entry before: with padding, and bytes without.
-    content: Option<(Piece, u64)>,
+    /// What is left of the content of the entry before.
+    content: Option<Content>,
+}
+
+struct Content {
+    /// With padding.
+    piece: Piece,
+    /// Bytes without padding.
+    left: u64,
+    begins_member: bool,
 }
 
 impl<I: Iterator<Item = EntryBytes>> Members<I> {
     /// Takes entries in the order of the blob. Content is cut into chunks of `chunk_bytes` (at least 1).
     pub fn new(entries: I, chunk_bytes: u64) -> Self {
-        Self { entries, chunk_bytes: chunk_bytes.max(1), open: Member::default(), waiting: None, content: None }
+        Self {
+            entries,
+            chunk_bytes: chunk_bytes.max(1),
+            least_bytes: 0,
+            open: Member::default(),
+            waiting: None,
+            content: None,
+        }
     }
 
-    /// Begins a member with the next chunk of content, of which `left` bytes are to come.
-    fn begin_chunk(&mut self, content: Piece, left: u64) {
+    /// Puts chunks into the member before them while that has fewer than `bytes`, and has no more with them than `bytes` or
+    /// than a chunk may have: whoever reads or makes the layer holds a whole member in memory.
+    #[must_use]
+    pub fn with_least_bytes(self, bytes: u64) -> Self {
+        Self { least_bytes: bytes, ..self }
+    }
+
+    /// Says whether the next chunk of content goes where the one before went.
+    fn joins(&self, content: &Content) -> bool {
+        let length = self.open.length + content.left.min(self.chunk_bytes);
+        self.open.length < self.least_bytes
+            && length <= self.least_bytes.max(self.chunk_bytes)
+            && !content.begins_member
+    }
+
+    /// Puts the next chunk of content into the open member.
+    fn add_chunk(&mut self, content: Content) {
+        let Content { piece, left, .. } = content;
+        let start = self.open.length;
+        self.open.chunks.push(start..start + left.min(self.chunk_bytes));
         if left <= self.chunk_bytes {
-            self.open.chunk = left;
-            self.open.push(content);
+            self.open.push(piece);
             return;
         }
-        let (chunk, rest) = split(content, self.chunk_bytes);
-        self.open.chunk = self.chunk_bytes;
+        let (chunk, rest) = split(piece, self.chunk_bytes);
         self.open.push(chunk);
-        self.content = rest.map(|rest| (rest, left - self.chunk_bytes));
+        self.content = rest.map(|piece| Content { piece, left: left - self.chunk_bytes, begins_member: false });
     }
 }
 
@@ -123,25 +158,31 @@ impl<I: Iterator<Item = EntryBytes>> Iterator for Members<I> {
 
     fn next(&mut self) -> Option<Member> {
         loop {
-            if self.content.is_some() && self.open.length > 0 {
+            if let Some(content) = &self.content
+                && self.open.length > 0
+                && !self.joins(content)
+            {
                 return Some(std::mem::take(&mut self.open));
             }
-            if let Some((content, left)) = self.content.take() {
-                self.begin_chunk(content, left);
+            if let Some(content) = self.content.take() {
+                self.add_chunk(content);
                 continue;
             }
             let Some(entry) = self.waiting.take().or_else(|| self.entries.next()) else {
                 return (self.open.length > 0).then(|| std::mem::take(&mut self.open));
             };
             let header = entry.header.length();
-            let run = self.open.headers.last().map_or(0, |last| last.end - self.open.headers[0].start);
+            let behind = self.open.chunks.last().map_or(0, |chunk| chunk.end);
+            let first = self.open.headers.iter().rev().take_while(|header| header.start >= behind).last();
+            let run = first.map_or(0, |first| self.open.length - first.start);
             if run > 0 && run + header > HEADER_RUN_BYTES {
                 self.waiting = Some(entry);
                 return Some(std::mem::take(&mut self.open));
             }
             self.open.headers.push(self.open.length..self.open.length + header);
             self.open.push(entry.header);
-            self.content = entry.content.filter(|_| entry.size > 0).map(|content| (content, entry.size));
+            let EntryBytes { content, size, begins_member, .. } = entry;
+            self.content = content.filter(|_| size > 0).map(|piece| Content { piece, left: size, begins_member });
         }
     }
 }
@@ -159,14 +200,55 @@ mod tests {
 
     fn entry(offset: u64, size: u64) -> EntryBytes {
         let padded = size + tar::padding(size).len() as u64;
-        EntryBytes { header: spooled(offset, 512), content: Some(spooled(offset + 512, padded)), size }
+        EntryBytes {
+            header: spooled(offset, 512),
+            content: Some(spooled(offset + 512, padded)),
+            size,
+            begins_member: false,
+        }
     }
 
     /// Returns each member as `chunk+headers=length`.
     fn members(entries: Vec<EntryBytes>, chunk: u64) -> Vec<String> {
         Members::new(entries.into_iter(), chunk)
-            .map(|member| format!("{}+{}={}", member.chunk, member.headers.len(), member.length))
+            .map(|member| {
+                assert!(member.chunks.len() <= 1 && member.chunks.iter().all(|chunk| chunk.start == 0));
+                let chunk = member.chunks.first().map_or(0, |chunk| chunk.end);
+                format!("{chunk}+{}={}", member.headers.len(), member.length)
+            })
             .collect()
+    }
+
+    #[test]
+    fn members_are_filled_up_to_what_is_asked_for() {
+        let joined = |entries: Vec<EntryBytes>, chunk, least| -> Vec<(Vec<Range<u64>>, usize, u64)> {
+            Members::new(entries.into_iter(), chunk)
+                .with_least_bytes(least)
+                .map(|member| (member.chunks, member.headers.len(), member.length))
+                .collect()
+        };
+        let three = || vec![entry(0, 10), entry(1024, 20), entry(2048, 30)];
+        // The second file comes at 1536, the third at 2560.
+        assert_eq!(joined(three(), 4096, 4096), [(vec![512..522, 1536..1556, 2560..2590], 3, 3072)]);
+        assert_eq!(joined(three(), 4096, 1536), [(vec![512..522], 2, 1536), (vec![0..20, 1024..1054], 1, 1536)]);
+        assert_eq!(joined(three(), 4096, 1), joined(three(), 4096, 0));
+        assert_eq!(
+            joined(three(), 4096, 513),
+            [(vec![512..522], 2, 1536), (vec![0..20], 1, 1024), (vec![0..30], 0, 512)]
+        );
+        // Neither least nor chunk may be passed.
+        assert_eq!(
+            joined(three(), 520, 520),
+            [(vec![], 1, 512), (vec![0..10], 1, 1024), (vec![0..20], 1, 1024), (vec![0..30], 0, 512)]
+        );
+        // Chunks of one file share members, too.
+        assert_eq!(joined(vec![entry(0, 9)], 4, 600), [(vec![512..516, 516..520, 520..521], 1, 1024)]);
+        let mut landmark = three();
+        landmark[1].begins_member = true;
+        assert_eq!(joined(landmark, 4096, 4096), [(vec![512..522], 2, 1536), (vec![0..20, 1024..1054], 1, 1536)]);
+        // Runs of headers are cut in them, too.
+        let empty = (0..3000).map(|at| entry(at * 512, 0)).collect();
+        assert!(joined(empty, 4 << 20, 64 << 20).iter().all(|(_, headers, _)| *headers <= 1024));
     }
 
     #[test]
@@ -199,10 +281,10 @@ mod tests {
     #[test]
     fn made_content_is_cut_too() {
         let content = Some(Piece::Made((*b"abcde\0\0\0").into()));
-        let made = EntryBytes { header: spooled(0, 512), content, size: 5 };
+        let made = EntryBytes { header: spooled(0, 512), content, size: 5, begins_member: false };
         let cut: Vec<Member> = Members::new(std::iter::once(made), 3).collect();
         assert_eq!(cut[1].pieces, [Piece::Made((*b"abc").into())]);
         assert_eq!(cut[2].pieces, [Piece::Made((*b"de\0\0\0").into())]);
-        assert_eq!((cut[2].chunk, cut[2].length), (2, 5));
+        assert_eq!((&cut[2].chunks[..], cut[2].length), (&[0..2][..], 5));
     }
 }

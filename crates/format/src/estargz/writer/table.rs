@@ -31,7 +31,7 @@ struct OpenFile {
     done: u64,
     /// Of the whole content; where that is one chunk, its digest is the chunk's.
     hasher: Option<Hasher>,
-    chunks: Vec<(BlobOffset, Digest)>,
+    chunks: Vec<(BlobOffset, u64, Digest)>,
 }
 
 impl Table {
@@ -85,11 +85,11 @@ impl Table {
         self.count()
     }
 
-    /// Takes the next chunk of the file before: where its member begins, its digest, its bytes.
+    /// Takes the next chunk of the file before: where its member begins, where in the member it does, its digest, its bytes.
     ///
     /// # Errors
     /// [`Error::TooManyEntries`]; [`Error::StrayChunk`] where no file waits for one.
-    pub fn chunk(&mut self, offset: BlobOffset, digest: Digest, content: &[u8]) -> Result<(), Error> {
+    pub fn chunk(&mut self, offset: BlobOffset, inner: u64, digest: Digest, content: &[u8]) -> Result<(), Error> {
         let length = content.len() as u64;
         let stray = Error::StrayChunk { offset: offset.0, length };
         let Some(file) = &mut self.file else { return Err(stray) };
@@ -100,7 +100,7 @@ impl Table {
             hasher.update(content);
         }
         let further = !file.chunks.is_empty();
-        file.chunks.push((offset, digest));
+        file.chunks.push((offset, inner, digest));
         file.done += length;
         if file.done == file.entry.size {
             self.close_file();
@@ -113,11 +113,12 @@ impl Table {
         let size = entry.size;
         entry.digest = match hasher {
             Some(hasher) => Some(hasher.finish()),
-            None => chunks.first().map(|(_, digest)| *digest),
+            None => chunks.first().map(|(_, _, digest)| *digest),
         };
         let mut begin = 0;
-        for (offset, digest) in chunks {
+        for (offset, inner, digest) in chunks {
             entry.offset = offset.0;
+            entry.inner_offset = inner;
             entry.chunk_offset = begin;
             // A chunk that is cut short by the end of the file does not tell its size; one that is full always does.
             entry.chunk_size = if size - begin < self.chunk_bytes { 0 } else { self.chunk_bytes };
@@ -198,7 +199,7 @@ mod tests {
             let mut table = Table::new(4, 10);
             table.entry(&file("f", size as u64)).unwrap();
             for (place, chunk) in content.chunks(4).enumerate() {
-                table.chunk(BlobOffset(100 + place as u64), Digest::sha256_of(chunk), chunk).unwrap();
+                table.chunk(BlobOffset(100 + place as u64), 0, Digest::sha256_of(chunk), chunk).unwrap();
             }
             let text = String::from_utf8(table.finish()).unwrap();
             assert_eq!(values(&text, "chunkOffset"), offsets, "{size}: {text}");
@@ -226,11 +227,11 @@ mod tests {
     fn bounds_and_stray_chunks() {
         let digest = Digest::sha256_of(b"abcd");
         let mut table = Table::new(4, 2);
-        assert!(matches!(table.chunk(BlobOffset(0), digest, b"abcd"), Err(Error::StrayChunk { .. })));
+        assert!(matches!(table.chunk(BlobOffset(0), 0, digest, b"abcd"), Err(Error::StrayChunk { .. })));
         table.entry(&file("f", 9)).unwrap();
-        table.chunk(BlobOffset(0), digest, b"abcd").unwrap();
-        assert!(matches!(table.chunk(BlobOffset(0), digest, b"ab"), Err(Error::StrayChunk { .. })));
-        table.chunk(BlobOffset(0), digest, b"abcd").unwrap();
-        assert!(matches!(table.chunk(BlobOffset(0), digest, b"a"), Err(Error::TooManyEntries { limit: 2 })));
+        table.chunk(BlobOffset(0), 0, digest, b"abcd").unwrap();
+        assert!(matches!(table.chunk(BlobOffset(0), 0, digest, b"ab"), Err(Error::StrayChunk { .. })));
+        table.chunk(BlobOffset(0), 0, digest, b"abcd").unwrap();
+        assert!(matches!(table.chunk(BlobOffset(0), 0, digest, b"a"), Err(Error::TooManyEntries { limit: 2 })));
     }
 }

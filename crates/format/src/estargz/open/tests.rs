@@ -41,6 +41,12 @@ const LEGACY: (&[u8], &str) = (
     "sha256:dd483f8dc05cf83dc4d91fcaccd52ec2f585e25021768b72a434448157dcbffd",
 );
 
+/// Made by `min-chunk.go`.
+const MIN_CHUNK: (&[u8], &str) = (
+    include_bytes!("../../../tests/golden/min-chunk.esgz"),
+    "sha256:1523b8f99b428ad392da13fa481fa4cd03b7001cb8342f2139c6313691a5049a",
+);
+
 /// Positions of these small blobs.
 fn at(position: u64) -> usize {
     position.try_into().unwrap()
@@ -160,6 +166,18 @@ fn blobs_of_the_reference_are_read() {
     check_various(DOT_DOT.0, &index, &[".no.prefetch.landmark"]);
     assert_eq!(index.node(NodeId::ROOT).permissions, 0o700);
     assert!(!index.is_implied(NodeId::ROOT));
+}
+
+#[test]
+fn members_of_several_files_are_read() {
+    let (index, opened) = open_golden(MIN_CHUNK);
+    check_various(MIN_CHUNK.0, &index, &[".prefetch.landmark"]);
+    let extents = index.extents();
+    assert!(index.frames().len() < extents.len(), "{} {}", index.frames().len(), extents.len());
+    assert!(extents.iter().any(|extent| extent.frame_offset > 0) && opened.vouched);
+    let Prefetch::Until(end) = index.prefetch() else { panic!("{:?}", index.prefetch()) };
+    let before = extents.iter().filter(|extent| index.frames()[extent.frame.0 as usize].range.start < end).count();
+    assert_eq!(before, 3, "two chunks of test/bar.txt and foo1.txt");
 }
 
 #[test]

@@ -284,7 +284,7 @@ impl<I: Iterator<Item = Part>> Frames<'_, I> {
             self.waiting.push_back(Member {
                 pieces,
                 length: cut.length,
-                chunks: vec![0..cut.length],
+                chunks: std::iter::once(0..cut.length).collect(),
                 headers: Vec::new(),
             });
             self.holes.borrow_mut().push_back(cut.hole);

@@ -255,7 +255,12 @@ impl Opening {
         }
         match self.known {
             None => self.first(bytes),
-            Some(Known { table, ref tail }) => self.finish(table, &[bytes, tail].concat()),
+            Some(Known { table, ref tail }) => {
+                // Between a table of zstd and the footer, there may be more.
+                let mut all = [bytes, tail].concat();
+                all.truncate(usize::try_from(table.range.length).unwrap_or(usize::MAX));
+                self.finish(table, &all)
+            }
         }
     }
 
@@ -278,6 +283,8 @@ impl Opening {
             Some(skipped) => self.finish(table, tail.get(skipped..).unwrap_or_default()),
             None => {
                 let range = BlobRange { start: table.range.start, length: read_from.0 - table.range.start.0 };
+                // A table of zstd may claim to stand anywhere.
+                check_size(range.length, &self.limits)?;
                 Ok(Step::Read(Self { range, known: Some(Known { table, tail: tail.to_vec() }), ..self }, range))
             }
         }

@@ -11,6 +11,8 @@ mod node;
 mod open;
 mod soci;
 
+use std::collections::BTreeMap;
+
 use loris_format::{
     digest::Digest,
     opening::{BESIDE_ANNOTATION, Beside, Promise, Voucher},
@@ -18,6 +20,7 @@ use loris_format::{
 use loris_oci::{Descriptor, ImageSource, document::Manifest};
 
 pub use node::NodeIndexes;
+pub(crate) use node::{folders, make_room};
 pub use soci::{fetch_from, index_manifest, prefetched};
 
 use crate::{open::OpenOptions, store::Store};
@@ -60,33 +63,45 @@ pub async fn with_indexes(
         return manifest;
     }
     let node = NodeIndexes::of(store);
-    annotate(&mut manifest, |layer| node.find(layer, options.index_trust));
+    annotate(&mut manifest, |layer| node.find(layer, IndexTrust::Manifest));
     if !manifest.layers.iter().any(is_open) {
         return manifest;
     }
     let found = match soci::find(source, &manifest, digest, options).await {
-        Ok(found) if !found.is_empty() => {
-            node.remember(digest, &found);
+        Ok(found) => {
+            if !found.is_empty() {
+                node.remember(digest, &found);
+            }
             found
         }
-        Ok(_) => return manifest,
         Err(error) => {
             tracing::debug!(%error, "no index beside the image can be had; what was found the last time counts");
             node.remembered(digest)
         }
     };
-    annotate(&mut manifest, |layer| found.get(&layer.digest).copied());
-    manifest
+    with_found(manifest, &found, &node, options)
 }
 
 /// Does the same with what is in the store, and asks nobody.
 #[must_use]
 pub fn with_known_indexes(mut manifest: Manifest, digest: &Digest, store: &Store, options: &OpenOptions) -> Manifest {
     let node = NodeIndexes::of(store);
-    annotate(&mut manifest, |layer| node.find(layer, options.index_trust));
+    annotate(&mut manifest, |layer| node.find(layer, IndexTrust::Manifest));
     let found = node.remembered(digest);
+    with_found(manifest, &found, &node, options)
+}
+
+/// Takes what was found beside the image, as far as it counts, and then what this machine has from elsewhere: whose word is
+/// better comes first.
+fn with_found(
+    mut manifest: Manifest,
+    found: &BTreeMap<Digest, Beside>,
+    node: &NodeIndexes,
+    options: &OpenOptions,
+) -> Manifest {
     let admitted = |beside: &Beside| options.index_trust.admits(beside.voucher);
     annotate(&mut manifest, |layer| found.get(&layer.digest).copied().filter(admitted));
+    annotate(&mut manifest, |layer| node.find(layer, options.index_trust));
     manifest
 }
 

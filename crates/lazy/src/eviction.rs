@@ -13,6 +13,7 @@ use std::{
 };
 
 use crate::{
+    beside,
     cache::{NO_FOLLOW, is_at},
     census::{StoredLayer, is_pinned, layer_directories},
     derived,
@@ -137,6 +138,9 @@ pub(crate) fn make_room(root: &Path, excess: u64) -> Result<u64, StoreError> {
     if freed < excess {
         freed = freed.saturating_add(remove_leftovers(root, &[], true, false)?.1);
     }
+    if freed < excess {
+        freed = freed.saturating_add(beside::make_room(root, excess - freed));
+    }
     Ok(freed)
 }
 
@@ -195,7 +199,7 @@ fn remove_leftovers(root: &Path, gone: &[&Path], all: bool, dry_run: bool) -> Re
     let mut found = derived::orphans(root, gone, all.then_some(TEMPORARY));
     let now = SystemTime::now();
     let folders = std::iter::once(root.to_owned()).chain(layer_directories(root).map_err(StoreError::file(root))?);
-    for folder in folders.chain([root.join(derived::BOOTSTRAPS)]) {
+    for folder in folders.chain([root.join(derived::BOOTSTRAPS)]).chain(beside::folders(root)) {
         for entry in std::fs::read_dir(&folder).into_iter().flatten().filter_map(Result::ok) {
             let is_old = |metadata: std::fs::Metadata| {
                 metadata.is_file()

@@ -381,11 +381,13 @@ impl LazyLayer {
         let frame = &self.index.frames()[id.0 as usize];
         let range = fetched_range(frame);
         if self.index.has_spans() {
-            let (decoded, is_all, fault) = match self.decode_span(decoder, id, compressed, rest.is_some()) {
+            let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
+            // No more is decoded than was claimed, or is of use.
+            let all = rest.is_some() && self.index.span(id).is_some_and(|span| span.length <= most);
+            let (decoded, is_all, fault) = match self.decode_span(decoder, id, compressed, all) {
                 Ok((decoded, is_all)) => (decoded, is_all, None),
                 Err(fault) => (Vec::new(), false, Some(fault)),
             };
-            let most = frame.decoded_length.saturating_add(rest::MOST_BYTES);
             let is_all = is_all && decoded.len() as u64 <= most;
             return self.keep(id, (decoded, is_all, fault), rest);
         }

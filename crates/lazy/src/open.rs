@@ -395,8 +395,9 @@ impl LayerOpening {
         let work = move || -> Result<_, StoreError> {
             if fresh && vouched && !index.has_spans() {
                 let _room = store.room(tail.saved_bytes())?;
-                tail.save(&directory)?;
+                // Whoever finds the tail takes the promise to be there.
                 kept::save_promise(&directory, size, &promise)?;
+                tail.save(&directory)?;
             }
             let cache = store.layer(&directory, &layer, &index)?;
             store.note_origin(&directory, &name);

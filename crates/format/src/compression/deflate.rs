@@ -71,6 +71,8 @@ pub(crate) struct Inflater {
     count: u32,
     state: State,
     is_last_block: bool,
+    /// Whether the tables are those that the format fixes.
+    is_fixed: bool,
     literals: Table,
     distances: Table,
 }
@@ -84,6 +86,7 @@ impl Inflater {
             count: 0,
             state: State::Header,
             is_last_block: false,
+            is_fixed: false,
             literals: Table::default(),
             distances: Table::default(),
         }
@@ -177,11 +180,7 @@ impl Inflater {
                 State::Stored(usize::from(u16::from_le_bytes(length)))
             }
             1 => {
-                let mut lengths = [8; 288];
-                lengths[144..256].fill(9);
-                lengths[256..280].fill(7);
-                self.literals.build(&lengths, LITERAL_BITS, Alphabet::Literals)?;
-                self.distances.build(&[5; 32], DISTANCE_BITS, Alphabet::Distances)?;
+                self.fixed()?;
                 State::Codes
             }
             2 => {
@@ -190,6 +189,20 @@ impl Inflater {
             }
             _ => return Err("a block is of no known type"),
         };
+        Ok(())
+    }
+
+    /// Makes the tables that the format fixes. An empty block has ten bits: not anew for each of them.
+    fn fixed(&mut self) -> Result<(), &'static str> {
+        if self.is_fixed {
+            return Ok(());
+        }
+        let mut lengths = [8; 288];
+        lengths[144..256].fill(9);
+        lengths[256..280].fill(7);
+        self.literals.build(&lengths, LITERAL_BITS, Alphabet::Literals)?;
+        self.distances.build(&[5; 32], DISTANCE_BITS, Alphabet::Distances)?;
+        self.is_fixed = true;
         Ok(())
     }
 
@@ -206,6 +219,7 @@ impl Inflater {
             lengths[place] = self.take(input, 3)? as u8;
         }
         // The tables are made anew anyway.
+        self.is_fixed = false;
         self.distances.build(&lengths, CODE_BITS, Alphabet::Lengths)?;
         let mut all = [0_u8; 286 + 30];
         let mut at = 0;

@@ -148,6 +148,32 @@ fn a_layer_that_promises_one_format_and_is_another_is_refused() {
     assert!(error.to_string().contains("two formats"), "{error}");
 }
 
+#[test]
+fn a_table_far_from_its_footer_is_read_for_what_it_is() {
+    let mut promised = promise(CONTAINERS);
+    let position = promised.zstd_chunked.as_mut().unwrap().position.take().unwrap();
+    let end = usize::try_from(position.range.end().0).unwrap();
+    // The tar-split is longer than what is read at first.
+    let behind = 3 << 20;
+    let range = BlobRange { start: BlobOffset(position.range.end().0 + 8), length: behind.into() };
+    let footer = write_zstd_containers(position, Packed { range, uncompressed: 1 });
+    let split = vec![7; behind as usize];
+    let blob = [&CONTAINERS.0[..end], &skippable_head(behind), &split, &footer].concat();
+    let (index, _, reads) = open(&blob, promised, Trust::Required).unwrap();
+    assert_eq!((content(&blob, &index, "etc/link").as_slice(), reads), (&b"lazy\n"[..], 2));
+}
+
+#[test]
+fn a_footer_makes_nobody_read_more_than_a_table_may_have() {
+    let toc = Packed { range: BlobRange { start: BlobOffset(8), length: 100 }, uncompressed: 100 };
+    let vouched = Promise { toc: Some(Digest::sha256_of(b"")), ..Promise::default() };
+    let (opening, range) = Opening::new(64 << 30, vouched, Trust::Required, &Limits::default()).unwrap();
+    let footer = write_zstd_stargz(toc);
+    let mut tail = vec![0; usize::try_from(range.length).unwrap() - footer.len()];
+    tail.extend(footer);
+    assert!(matches!(opening.supply(&tail), Err(OpenError::TocTooLarge { .. })));
+}
+
 /// Makes a blob of frames, a table and a footer.
 fn made(frames: &[u8], json: &[u8]) -> Vec<u8> {
     let compressed = zstd_frame(3, json);

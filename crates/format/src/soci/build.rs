@@ -2,6 +2,7 @@
 
 use std::{
     borrow::Cow,
+    cell::Cell,
     io::{self, Read},
 };
 
@@ -11,7 +12,7 @@ use super::{
     manifest::BUILD_TOOL_SOCI,
     spans::{GzipSpans, Spanning, TarSpans, ZstdSpans},
     zinfo::TarZinfo,
-    ztoc::{Algorithm, File, NewZtoc},
+    ztoc::{Algorithm, File, NewZtoc, Record},
 };
 use crate::{
     compression::Compression,
@@ -87,6 +88,12 @@ pub enum BuildError {
     /// It is empty.
     #[error("the layer is empty")]
     Empty,
+    /// Its names and attributes are too many or too long.
+    #[error("the names and attributes of the layer's files take more than {limit} bytes")]
+    TooMuch {
+        /// The most that is held in memory.
+        limit: u64,
+    },
     /// The ztoc would be too long.
     #[error(transparent)]
     TooLong(#[from] TooLong),
@@ -94,10 +101,16 @@ pub enum BuildError {
 
 /// A frame of zstd that is as long as so many spans is no use to who reads a file of it.
 const MOST_SPANS: u64 = 16;
+/// What a file takes beside its names and attributes, and what a PAX record takes beside its text.
+const FILE_BYTES: usize = size_of::<File<'_>>();
+const RECORD_BYTES: usize = size_of::<Record<'_>>();
+/// Names and attributes may have this part of what a table of contents may: they are held twice.
+const NAMES_PART: u64 = 2;
 
 /// Makes a ztoc of a layer's blob, read to its end.
 ///
-/// Memory: 1 MiB, and the ztoc twice: 32 KiB for each span and what each file's name and attributes take.
+/// Memory: 1 MiB, and the ztoc twice: 32 KiB for each span and what each file's name and attributes take, which is bounded by
+/// half of [`Limits::toc_bytes`].
 ///
 /// # Errors
 /// Where the layer can't be read, or no ztoc can say what is in it.
@@ -110,16 +123,17 @@ pub fn build(blob: impl Read, options: &BuildOptions) -> Result<Built, BuildErro
     }
     let compression = Compression::detect(&start);
     let source = io::Cursor::new(start).chain(&mut blob);
-    let made = match compression {
-        Compression::Gzip => read(GzipSpans::new(source, options.span_bytes), options)?,
-        Compression::None => read(TarSpans::new(source, options.span_bytes), options)?,
-        Compression::Zstd => read(ZstdSpans::new(source, options.span_bytes), options)?,
-    };
-    let Made { files, spans, tar_size, uncompressed_size, diff_id } = made;
     let most = options.limits.frame_bytes.min(options.span_bytes.max(SPAN_BYTES).saturating_mul(MOST_SPANS));
-    if compression == Compression::Zstd && spans.longest > most {
-        return Err(BuildError::OneFrame { bytes: spans.longest });
+    let longest = Cell::new(0);
+    let made = match compression {
+        Compression::Gzip => read(GzipSpans::new(source, options.span_bytes), options),
+        Compression::None => read(TarSpans::new(source, options.span_bytes), options),
+        Compression::Zstd => read(ZstdSpans::new(source, options.span_bytes, most, &longest), options),
+    };
+    if longest.get() > most {
+        return Err(BuildError::OneFrame { bytes: longest.get() });
     }
+    let Made { files, spans, tar_size, uncompressed_size, diff_id } = made?;
     let (algorithm, checkpoints) = match compression {
         Compression::Gzip => (Algorithm::Gzip, spans.checkpoints),
         Compression::Zstd => (Algorithm::Zstd, spans.checkpoints),
@@ -162,8 +176,15 @@ fn read(spanning: impl Spanning, options: &BuildOptions) -> Result<Made, BuildEr
     let tar = Hashing { inner: spanning, hasher: Hasher::sha256(), bytes: 0 };
     let mut archive = tar::Reader::new(tar, &options.limits).keeping_raw();
     let mut files = Vec::new();
+    let limit = options.limits.toc_bytes / NAMES_PART;
+    let mut held = 0_u64;
     while let Some(entry) = archive.next_entry()? {
-        files.push(file(entry, &archive)?);
+        let file = file(entry, &archive)?;
+        held = held.saturating_add(held_bytes(&file) as u64);
+        if held > limit {
+            return Err(BuildError::TooMuch { limit });
+        }
+        files.push(file);
     }
     let uncompressed_size = archive.position();
     let mut tar = archive.into_inner();
@@ -199,6 +220,12 @@ fn file<R: Read>(entry: tar::Entry, archive: &tar::Reader<R>) -> Result<File<'st
         device: raw.device,
         records: raw.records.into_iter().map(own).collect(),
     })
+}
+
+fn held_bytes(file: &File<'_>) -> usize {
+    let text = file.name.len() + file.link.len() + file.user_name.len() + file.group_name.len();
+    let records = file.records.iter().map(|(key, value)| key.len() + value.len() + RECORD_BYTES);
+    records.fold(FILE_BYTES + text, usize::saturating_add)
 }
 
 struct Hashing<R> {

@@ -126,7 +126,13 @@ struct Spans {
     starts: Vec<u64>,
 }
 
+/// Most spans of a layer. In memory, each takes some hundred bytes, and a ztoc need not have more than ten for it.
+const MOST_SPANS: usize = 1 << 20;
+
 fn spans(ztoc: &Ztoc<'_>, limits: &Limits) -> Result<Spans, ZtocError> {
+    if ztoc.digest_count() > MOST_SPANS {
+        return Err(ZtocError::Limit { part: "spans", limit: MOST_SPANS as u64 });
+    }
     let digests = ztoc.digests().collect::<Result<Vec<Digest>, _>>()?;
     // (start in the blob, first byte of its own, start in the tar, bits)
     let points: Vec<(u64, u64, u64, u8)> = match ztoc.algorithm {

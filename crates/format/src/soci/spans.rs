@@ -1,6 +1,9 @@
 //! Decompresses a layer as it comes in, and takes note of where its spans begin and what they hash to.
 
-use std::io::{self, Read};
+use std::{
+    cell::Cell,
+    io::{self, Read},
+};
 
 use zstd_safe::{DCtx, InBuffer, OutBuffer};
 
@@ -27,8 +30,6 @@ pub(super) struct Spans {
     pub(super) digests: Vec<Digest>,
     /// As they stand in a ztoc; empty for an uncompressed layer.
     pub(super) checkpoints: Vec<u8>,
-    /// Decoded bytes of the longest of them, where that depends on the layer.
-    pub(super) longest: u64,
 }
 
 /// A layer's tar.
@@ -318,7 +319,7 @@ impl<R: Read> Read for GzipSpans<R> {
 
 impl<R: Read> Spanning for GzipSpans<R> {
     fn finish(self) -> Spans {
-        Spans { digests: self.hashing.digests, checkpoints: self.points.finish(), longest: 0 }
+        Spans { digests: self.hashing.digests, checkpoints: self.points.finish() }
     }
 }
 
@@ -362,13 +363,13 @@ impl<R: Read> Read for TarSpans<R> {
 impl<R: Read> Spanning for TarSpans<R> {
     fn finish(mut self) -> Spans {
         self.digests.extend(self.hasher.take().map(Hasher::finish));
-        Spans { digests: self.digests, checkpoints: Vec::new(), longest: 0 }
+        Spans { digests: self.digests, checkpoints: Vec::new() }
     }
 }
 
 /// A zstd stream. A span begins with the first frame, and with each that begins more than `span_bytes` behind the span
-/// before.
-pub(super) struct ZstdSpans<R> {
+/// before. Reading fails as soon as a span has more than `most` bytes: what follows might be any number of them.
+pub(super) struct ZstdSpans<'a, R> {
     source: R,
     context: DCtx<'static>,
     input: Box<[u8]>,
@@ -380,11 +381,13 @@ pub(super) struct ZstdSpans<R> {
     span_bytes: u64,
     starts: FrameStarts,
     hashing: SpanHasher,
-    longest: u64,
+    most: u64,
+    /// Decoded bytes of the longest span, as far as was read.
+    longest: &'a Cell<u64>,
 }
 
-impl<R: Read> ZstdSpans<R> {
-    pub(super) fn new(source: R, span_bytes: u64) -> Self {
+impl<'a, R: Read> ZstdSpans<'a, R> {
+    pub(super) fn new(source: R, span_bytes: u64, most: u64, longest: &'a Cell<u64>) -> Self {
         Self {
             source,
             context: zstd::decoder(),
@@ -397,7 +400,8 @@ impl<R: Read> ZstdSpans<R> {
             span_bytes,
             starts: FrameStarts::default(),
             hashing: SpanHasher::default(),
-            longest: 0,
+            most,
+            longest,
         }
     }
 
@@ -432,9 +436,14 @@ impl<R: Read> ZstdSpans<R> {
         self.starts.0.push((self.offset(), self.output_offset));
     }
 
-    fn measure(&mut self) {
+    fn measure(&self) -> Result<(), Error> {
         let start = self.starts.0.last().map_or(0, |(_, output)| *output);
-        self.longest = self.longest.max(self.output_offset - start);
+        self.longest.set(self.longest.get().max(self.output_offset - start));
+        if self.longest.get() > self.most {
+            let problem = "a frame is too long";
+            return Err(Error::Corrupt { compression: "zstd", offset: self.offset(), problem });
+        }
+        Ok(())
     }
 
     fn decode(&mut self, buffer: &mut [u8]) -> Result<usize, Error> {
@@ -457,7 +466,7 @@ impl<R: Read> ZstdSpans<R> {
             self.at += consumed;
             self.in_frame = hint != 0;
             self.output_offset += produced as u64;
-            self.measure();
+            self.measure()?;
             if produced > 0 {
                 return Ok(produced);
             }
@@ -469,14 +478,14 @@ impl<R: Read> ZstdSpans<R> {
     }
 }
 
-impl<R: Read> Read for ZstdSpans<R> {
+impl<R: Read> Read for ZstdSpans<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if buffer.is_empty() { Ok(0) } else { Ok(self.decode(buffer)?) }
     }
 }
 
-impl<R: Read> Spanning for ZstdSpans<R> {
+impl<R: Read> Spanning for ZstdSpans<'_, R> {
     fn finish(self) -> Spans {
-        Spans { digests: self.hashing.digests, checkpoints: self.starts.write(), longest: self.longest }
+        Spans { digests: self.hashing.digests, checkpoints: self.starts.write() }
     }
 }

@@ -4,7 +4,11 @@ use std::{borrow::Cow, io::Write as _};
 
 use proptest::prelude::*;
 
-use super::*;
+use super::{
+    flat::{Builder, Value, Written},
+    ztoc::ZtocError,
+    *,
+};
 use crate::{
     compression::SpanDecoder,
     digest::Digest,
@@ -120,6 +124,15 @@ fn members_one_after_another_are_one_stream() {
     for span_bytes in [0, 100_000, 1 << 20, 1 << 30] {
         check(&archive, &blob, span_bytes);
     }
+    // Blocks with the fixed tables and with others in turn.
+    let mut turns = Vec::new();
+    let mut rest = &archive[..];
+    for length in [10, 200_000, 20, 30, 300_000, 5, usize::MAX] {
+        let (piece, behind) = rest.split_at(length.min(rest.len()));
+        turns.extend(gzip(piece, 6));
+        rest = behind;
+    }
+    check(&archive, &turns, 100_000);
     // An empty member in front, and zeros behind.
     let mut padded = gzip(&[], 6);
     padded.extend(&blob);
@@ -143,6 +156,70 @@ fn frames_of_zstd_are_spans() {
     let one = crate::compression::zstd_frame(1, &large);
     let error = build(&one[..], &options(1 << 20)).unwrap_err();
     assert!(matches!(error, BuildError::OneFrame { .. }), "{error}");
+    // Found out before the end, which is missing here.
+    let error = build(&one[..one.len() - 8], &options(1 << 20)).unwrap_err();
+    assert!(matches!(error, BuildError::OneFrame { .. }), "{error}");
+}
+
+#[test]
+fn names_and_attributes_are_bounded() {
+    let names: Vec<String> = (0..40).map(|number| format!("{number}{}", "n".repeat(80))).collect();
+    let files: Vec<(&str, Vec<u8>)> = names.iter().map(|name| (name.as_str(), Vec::new())).collect();
+    let blob = layer(&files);
+    let with = |toc_bytes| {
+        let limits = Limits { toc_bytes, ..Limits::default() };
+        build(&blob[..], &BuildOptions { limits, ..options(1 << 20) })
+    };
+    assert!(matches!(with(8000), Err(BuildError::TooMuch { limit: 4000 })));
+    assert_eq!(with(80_000).unwrap().files, 40);
+}
+
+/// Makes a ztoc of an uncompressed layer of `size` bytes, of parts.
+fn crafted(mut builder: Builder, files: Written, digests: (Written, usize), size: usize) -> Vec<u8> {
+    let size = i64::try_from(size).unwrap();
+    let zinfo = zinfo::TarZinfo { span_bytes: 1, size: size.unsigned_abs() }.write().unwrap();
+    let checkpoints = builder.bytes(&zinfo);
+    let last = i32::try_from(digests.1 - 1).unwrap();
+    let info = [(1, Value::I32(last)), (2, Value::Reference(digests.0)), (3, Value::Reference(checkpoints))];
+    let info = builder.table(&[&info[..], &[(0, Value::I8(2))]].concat());
+    let toc = builder.table(&[(0, Value::Reference(files))]);
+    let parts = [(4, Value::Reference(toc)), (5, Value::Reference(info))];
+    let root = builder.table(&[&parts[..], &[(2, Value::I64(size)), (3, Value::I64(size))]].concat());
+    builder.finish(root).unwrap()
+}
+
+#[test]
+fn parts_that_are_there_once_do_not_count_a_thousand_times() {
+    const MOST: usize = 1 << 20;
+    let limits = Limits::default();
+    let mut builder = Builder::default();
+    let record = builder.table(&[]);
+    let records = builder.vector(&vec![record; 1000]);
+    let kind = builder.string(b"reg");
+    let file = builder.table(&[(1, Value::Reference(kind)), (13, Value::Reference(records))]);
+    let files = builder.vector(&vec![file; 1000]);
+    let digest = builder.string(Digest::sha256_of(b"").to_string().as_bytes());
+    let digests = builder.vector(&[digest]);
+    let ztoc = crafted(builder, files, (digests, 1), 1);
+    let read = ztoc::Ztoc::read(&ztoc, &limits).unwrap();
+    assert!(matches!(read.files().find_map(Result::err), Some(ZtocError::Limit { part: "bytes of text", .. })));
+    let many = |count: usize| {
+        let mut builder = Builder::default();
+        let files = builder.vector(&[]);
+        let digest = builder.string(Digest::sha256_of(b"").to_string().as_bytes());
+        let digests = builder.vector(&vec![digest; count]);
+        open(&crafted(builder, files, (digests, count), count), count as u64, &limits)
+    };
+    many(1000).unwrap();
+    let error = many(MOST + 1).unwrap_err();
+    assert!(matches!(error, open::OpenError::Ztoc(ZtocError::Limit { part: "spans", .. })), "{error}");
+}
+
+#[test]
+fn checkpoints_that_are_more_than_they_say_are_refused() {
+    let mut blob = [&1_i32.to_le_bytes()[..], &8_i64.to_le_bytes()].concat();
+    blob.resize(blob.len() + 2 * (17 + (32 << 10)), 0);
+    assert!(matches!(zinfo::Checkpoints::read(&blob), Err(ZtocError::Zinfo { .. })));
 }
 
 #[test]

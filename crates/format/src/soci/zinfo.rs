@@ -61,9 +61,9 @@ impl<'a> Checkpoints<'a> {
         if !points.len().is_multiple_of(POINT_BYTES) {
             return Err(fail());
         }
-        let is_first_left_out = match have - points.len() / POINT_BYTES {
-            0 => false,
-            1 => true,
+        let is_first_left_out = match have.checked_sub(points.len() / POINT_BYTES) {
+            Some(0) => false,
+            Some(1) => true,
             _ => return Err(fail()),
         };
         Ok(Self { span_bytes: i64::from_le_bytes(*span), points, is_first_left_out })

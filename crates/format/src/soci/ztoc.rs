@@ -227,12 +227,8 @@ impl<'a> Ztoc<'a> {
         let limit = self.bytes.saturating_mul(SHARED);
         let mut left = limit;
         self.files.tables().zip(0..).map(move |(table, number)| {
-            let file = file(table?, number)?;
-            let text = file.name.len() + file.link.len() + file.user_name.len() + file.group_name.len();
-            let records = file.records.iter().map(|(key, value)| key.len() + value.len());
-            let text = records.fold(text, usize::saturating_add);
-            left = left.checked_sub(text).ok_or(ZtocError::Limit { part: "bytes of text", limit: limit as u64 })?;
-            Ok(file)
+            let found = file(table?, number, &mut left)?;
+            found.ok_or(ZtocError::Limit { part: "bytes of text", limit: limit as u64 })
         })
     }
 
@@ -268,17 +264,21 @@ const KINDS: [(EntryKind, &str); 7] = [
     (EntryKind::Fifo, "fifo"),
 ];
 
-fn file(table: Table<'_>, number: u64) -> Result<File<'_>, ZtocError> {
+/// Reads a file, and takes its text and its records off what is `left`; `None` where that is not enough.
+fn file<'a>(table: Table<'a>, number: u64, left: &mut usize) -> Result<Option<File<'a>>, ZtocError> {
     let text = |slot| table.bytes(slot).map(Cow::Borrowed);
     let kind = table.bytes(1)?;
     let known = KINDS.iter().find(|(_, name)| name.as_bytes() == kind);
     let shown = || kind.escape_ascii().take(40).map(char::from).collect();
     let records = table.vector(13)?;
-    // Grows with what is there: all of them may be the same.
+    // Grows with what is there: all of them may be the same, and those of all files.
     let mut pairs = Vec::new();
     for record in records.tables() {
         let record = record?;
-        pairs.push((Cow::Borrowed(record.bytes(0)?), Cow::Borrowed(record.bytes(1)?)));
+        let (key, value) = (record.bytes(0)?, record.bytes(1)?);
+        let Some(rest) = left.checked_sub(key.len() + value.len() + RECORD_BYTES) else { return Ok(None) };
+        *left = rest;
+        pairs.push((Cow::Borrowed(key), Cow::Borrowed(value)));
         if pairs.len() > MOST_RECORDS {
             return Err(ZtocError::Limit { part: "PAX records of one file", limit: MOST_RECORDS as u64 });
         }
@@ -286,7 +286,7 @@ fn file(table: Table<'_>, number: u64) -> Result<File<'_>, ZtocError> {
     let mtime = table.bytes(10)?;
     // Go writes nothing for years of five digits.
     let mtime = if mtime.is_empty() { Some(Timestamp::default()) } else { time::parse(mtime) };
-    Ok(File {
+    let file = File {
         name: text(0)?,
         kind: known.map(|(kind, _)| *kind).ok_or_else(|| ZtocError::Type { number, kind: shown() })?,
         offset: unsigned("offset of a file", table.i64(2)?)?,
@@ -300,11 +300,18 @@ fn file(table: Table<'_>, number: u64) -> Result<File<'_>, ZtocError> {
         mtime: mtime.ok_or(ZtocError::Time { number })?,
         device: (table.i64(11)?, table.i64(12)?),
         records: pairs,
-    })
+    };
+    let text = file.name.len() + file.link.len() + file.user_name.len() + file.group_name.len();
+    Ok(left.checked_sub(text).map(|rest| {
+        *left = rest;
+        file
+    }))
 }
 
 /// Most PAX records of one file. Linux allows 64 KiB of names of extended attributes.
 const MOST_RECORDS: usize = 64 << 10;
+/// What a record without any text counts as. One that no other file has takes that much in the ztoc.
+const RECORD_BYTES: usize = 16;
 
 /// A ztoc that is written.
 #[derive(Clone, Copy, Debug)]

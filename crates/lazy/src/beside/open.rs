@@ -16,7 +16,7 @@ use bytes::Bytes;
 use futures_util::TryStreamExt as _;
 use loris_format::{
     estargz::footer::Kind,
-    index::LayerIndex,
+    index::{Codec, LayerIndex},
     opening::{BESIDE_ANNOTATION, Beside, Opened, Promise, Voucher},
     position::{BlobOffset, BlobRange},
     soci::{self, WindowPlaces, manifest::INDEX_DIGEST},
@@ -34,6 +34,8 @@ impl LayerOpening {
         let in_store = |source| LayerError::Store { layer, source: Arc::new(source) };
         let folder = self.store.root().join(INDEXES);
         let failed = |error| in_store(StoreError::file(&folder)(error));
+        let (size, room) = (self.descriptor.size, self.store.clone());
+        let room = self.compute(move || room.room(size)).await?.map_err(in_store)?;
         let mut blob = create_private_directory(&folder)
             .and_then(|()| tempfile::Builder::new().prefix(".blob-").tempfile_in(&folder))
             .map_err(failed)?;
@@ -51,20 +53,24 @@ impl LayerOpening {
         }
         let read = blob.reopen().map_err(failed)?;
         let options = soci::BuildOptions { limits: self.options.limits.clone(), ..soci::BuildOptions::default() };
-        let (node, room) = (NodeIndexes::of(&self.store), self.store.clone());
+        let node = NodeIndexes::of(&self.store);
         let index = move || match soci::build(read, &options) {
-            Ok(built) => {
-                let kept = room.room(built.ztoc.len() as u64);
-                Ok(kept.and_then(|_room| node.keep(&layer, &built.ztoc, Voucher::Node)))
-            }
+            Ok(built) => Ok(node.keep(&layer, &built.ztoc, Voucher::Node)),
             Err(error) => Err(error.to_string()),
         };
         let made = self.compute(index).await?.map_err(|reason| LayerError::NotLazy { layer, reason })?;
         let beside = made.map_err(in_store)?;
+        // It was just made: where it is no use, another one is none either.
+        self.options.plain_bytes = 0;
         self.descriptor.annotations.insert(BESIDE_ANNOTATION.to_owned(), beside.to_string());
         let opened = self.open_beside(Promise { beside: Some(beside), ..Promise::default() }, beside).await?;
         let filled = Arc::clone(&opened);
-        let filling = tokio::task::spawn_blocking(move || filled.fill_from(blob.as_file()));
+        let fill = move || {
+            let filling = filled.fill_from(blob.as_file());
+            drop((blob, room));
+            filling
+        };
+        let filling = tokio::task::spawn_blocking(fill);
         match filling.await {
             Ok(Ok(())) => opened.prove_when_whole(),
             Ok(Err(error)) => tracing::debug!(%error, "what was fetched for an index will be fetched again"),
@@ -94,18 +100,35 @@ impl LayerOpening {
             self.compute(move || {
                 let load = || windows::load(&directory, &beside.digest, &limits);
                 let kept = load().or_else(|| {
-                    let is_lent = NodeIndexes::of(&store).lend(&beside, &directory);
-                    is_lent.then(load).flatten().filter(|_| kept::save_promise(&directory, size, &promise).is_ok())
+                    let node = NodeIndexes::of(&store);
+                    // The promise first: whoever finds a ztoc takes it to be there.
+                    let is_lent = node.has(&beside)
+                        && kept::save_promise(&directory, size, &promise).is_ok()
+                        && node.lend(&beside, &directory);
+                    is_lent.then(load).flatten()
                 })?;
-                Some((soci::open(&kept.ztoc, size, &limits).ok()?, kept.windows))
+                // The very ztoc that was meant: nobody has a better one.
+                Some(soci::open(&kept.ztoc, size, &limits).map(|index| (index, kept.windows)))
             })
             .await?
         };
         let (index, windows) = match known {
-            Some(known) => known,
+            Some(Ok(known)) => known,
+            Some(Err(problem)) if beside.voucher == Voucher::Node => {
+                let reason = format!("the index that was made of it can't be used: {problem}");
+                return Err(LayerError::NotLazy { layer, reason });
+            }
+            Some(Err(problem)) => return Err(self.corrupt(problem.to_string())),
             None => {
-                let _turn = self.store.schedule().turn(Claim::new(Urgency::Demand, beside.size * COPIES)).await;
-                let ztoc = self.ztoc(&beside).await?;
+                let turn = self.store.schedule().turn(Claim::new(Urgency::Demand, beside.size * COPIES)).await;
+                let ztoc = match self.ztoc(&beside).await {
+                    Ok(ztoc) => ztoc,
+                    Err(_) if matches!(beside.voucher, Voucher::Node | Voucher::Elsewhere) => {
+                        drop(turn);
+                        return Box::pin(self.without_index(beside, &directory)).await;
+                    }
+                    Err(error) => return Err(error),
+                };
                 let (index, places, ztoc) = {
                     let limits = limits.clone();
                     let read = move || -> Result<(LayerIndex, WindowPlaces, Bytes), String> {
@@ -117,6 +140,10 @@ impl LayerOpening {
                 (index, self.keep(&directory, ztoc, places, &promise, &beside).await?)
             }
         };
+        let has_frames = index.frames().first().is_some_and(|frame| frame.codec == Codec::Zstd);
+        if has_frames && beside.voucher != Voucher::Node {
+            return Err(self.corrupt("its index is of frames of zstd, which only this machine may make".to_owned()));
+        }
         let opened = Opened {
             kind: Kind::Soci,
             identity: beside.digest,
@@ -129,6 +156,22 @@ impl LayerOpening {
         };
         let indexed = Indexed { index, opened, promise, tail: Tail::default(), fresh: false, windows: Some(windows) };
         self.finish(indexed).await
+    }
+
+    /// Opens a layer whose index was on this machine and is lost or damaged: as if there had been none.
+    async fn without_index(
+        mut self,
+        beside: Beside,
+        directory: &std::path::Path,
+    ) -> Result<Arc<LazyLayer>, LayerError> {
+        let layer = self.descriptor.digest;
+        NodeIndexes::of(&self.store).forget(&layer, &beside, directory);
+        self.descriptor.annotations.remove(BESIDE_ANNOTATION);
+        if self.descriptor.size <= self.options.plain_bytes {
+            return self.open_plain().await;
+        }
+        let reason = "the index that this machine had of it is lost or damaged; make another one with `loris index`";
+        Err(LayerError::NotLazy { layer, reason: reason.to_owned() })
     }
 
     /// Keeps a ztoc in the layer's directory; windows are read from there.
@@ -144,8 +187,8 @@ impl LayerOpening {
         let (directory, promise, beside, store) = (directory.to_owned(), promise.clone(), *beside, self.store.clone());
         let work = move || -> Result<Windows, StoreError> {
             let _room = store.room(ztoc.len() as u64)?;
-            windows::save(&directory, &ztoc, &places)?;
             kept::save_promise(&directory, size, &promise)?;
+            windows::save(&directory, &ztoc, &places)?;
             drop(ztoc);
             let kept = windows::load(&directory, &beside.digest, &limits);
             kept.map(|kept| kept.windows).ok_or(StoreError::NoTableOfContents { path: directory })

@@ -258,6 +258,68 @@ async fn an_index_of_this_machine_is_found() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_index_of_this_machine_that_is_damaged_is_made_again() {
+    let mut case = Plain::new(Voucher::Node);
+    let node = NodeIndexes::of(&case.store);
+    node.keep(&case.descriptor.digest, &case.built.ztoc, Voucher::Node).unwrap();
+    let ztocs = case.store.root().join("indexes/v1/ztocs");
+    let kept = ztocs.read_dir().unwrap().next().unwrap().unwrap().path().join("ztoc");
+    let damage = || std::fs::write(&kept, b"damaged").unwrap();
+    damage();
+    let source = Arc::new(TestSource::new([case.blob.clone()]));
+    let error = case.open(source.clone()).await.unwrap_err();
+    assert!(matches!(&error, LayerError::NotLazy { reason, .. } if reason.contains("loris index")), "{error}");
+    assert!(node.find(&case.descriptor, IndexTrust::Any).is_none());
+    node.keep(&case.descriptor.digest, &case.built.ztoc, Voucher::Node).unwrap();
+    damage();
+    case.options.plain_bytes = 10 << 20;
+    let layer = case.open(source.clone()).await.unwrap();
+    assert!(layer.is_whole());
+    case.check_all(&layer).await;
+    assert!(node.find(&case.descriptor, IndexTrust::Manifest).is_some());
+    // Made anew, it need not be the same.
+    std::fs::remove_dir_all(ztocs).unwrap();
+    assert!(node.find(&case.descriptor, IndexTrust::Any).is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_index_from_elsewhere_yields_to_one_that_the_manifest_names() {
+    let mut case = Plain::new(Voucher::Manifest);
+    case.options.index_trust = IndexTrust::Any;
+    NodeIndexes::of(&case.store).keep(&case.descriptor.digest, &case.built.ztoc, Voucher::Elsewhere).unwrap();
+    // What was found the last time, when the source could be asked.
+    let digest = Digest::sha256_of(b"the manifest");
+    let images = case.store.root().join("indexes/v1/images");
+    std::fs::create_dir_all(&images).unwrap();
+    let note = |voucher| {
+        let beside = Beside { digest: Digest::sha256_of(b"another ztoc"), size: 12, voucher };
+        let line = format!("{} {beside}\n", case.descriptor.digest);
+        std::fs::write(images.join(format!("{}-{}", digest.algorithm(), digest.hex())), line).unwrap();
+        beside
+    };
+    let source = TestSource::new([]);
+    let mut image = case.manifest();
+    image.annotations.insert("com.amazon.soci.index-digest".to_owned(), Digest::sha256_of(b"lost").to_string());
+    for (voucher, trust, counts) in [
+        (Voucher::Manifest, IndexTrust::Any, true),
+        (Voucher::Repository, IndexTrust::Repository, true),
+        (Voucher::Repository, IndexTrust::Manifest, false),
+    ] {
+        let expected = counts.then(|| note(voucher).to_string());
+        let options = OpenOptions { index_trust: trust, ..case.options.clone() };
+        let known = with_known_indexes(image.clone(), &digest, &case.store, &options);
+        let found = with_indexes(&source, image.clone(), &digest, &case.store, &options).await;
+        for manifest in [known, found] {
+            assert_eq!(
+                manifest.layers[0].annotations.get(BESIDE_ANNOTATION),
+                expected.as_ref(),
+                "{voucher:?} {trust:?}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_small_plain_layer_is_fetched_once_and_indexed() {
     let mut case = Plain::new(Voucher::Manifest);
     case.descriptor.annotations.clear();

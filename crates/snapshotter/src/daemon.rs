@@ -327,6 +327,7 @@ impl Daemon {
             served = serving => served.map_err(io::Error::other),
             served = serving_kubelet => served,
             () = self.content.run() => Ok(()),
+            () = self.snapshots.discard_left() => Ok(()),
             () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }

@@ -90,6 +90,7 @@ impl Store {
                 pruned.layers.push(layer);
             }
         }
+        self.let_go_of_removed();
         let gone: Vec<&Path> = pruned.layers.iter().map(|layer| layer.directory.as_path()).collect();
         let (files, bytes) = remove_leftovers(self.root(), &gone, options.all, options.dry_run)?;
         pruned.other_files = files;
@@ -106,12 +107,10 @@ impl Store {
     ///
     /// [`LazyLayer::directory`]: crate::LazyLayer::directory
     pub fn remove(&self, directory: &Path) -> Result<Removed, StoreError> {
-        let data = directory.join("data").symlink_metadata();
         let removed = remove_layer(directory)?;
+        // Where it was gone already, another process may have removed it.
+        self.let_go_of_removed();
         if let Removed::Freed(_) = removed {
-            if let Ok(data) = data {
-                self.let_go(&data);
-            }
             remove_leftovers(self.root(), &[directory], false, false)?;
         }
         Ok(removed)

@@ -17,7 +17,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
@@ -50,6 +50,8 @@ pub(crate) struct Quota {
     account: Mutex<Account>,
     /// Taken, and perhaps not written yet. Outside of the account, which may be held for as long as layers are evicted.
     in_flight: AtomicU64,
+    /// Whether layers were evicted, so that what is open of them is closed.
+    evicted: AtomicBool,
 }
 
 /// What this process has reserved.
@@ -82,11 +84,22 @@ impl Drop for Room {
 
 impl Quota {
     pub(crate) fn new(root: &Path, limit: u64) -> Self {
-        Self { root: root.to_owned(), limit, account: Mutex::default(), in_flight: AtomicU64::new(0) }
+        Self {
+            root: root.to_owned(),
+            limit,
+            account: Mutex::default(),
+            in_flight: AtomicU64::new(0),
+            evicted: AtomicBool::new(false),
+        }
     }
 
     pub(crate) fn limit(&self) -> u64 {
         self.limit
+    }
+
+    /// Whether layers were evicted since this was last asked.
+    pub(crate) fn was_evicted(&self) -> bool {
+        self.evicted.load(Ordering::Acquire) && self.evicted.swap(false, Ordering::AcqRel)
     }
 
     /// Takes room for `bytes`. Blocks; for long only where something must be counted or evicted.
@@ -128,6 +141,8 @@ impl Quota {
             let mut counted = self.count(account)?;
             if !fits(counted, wanted) {
                 let excess = counted.saturating_add(wanted).saturating_sub(self.limit);
+                // Said before: where it fails half-way, some are gone.
+                self.evicted.store(true, Ordering::Release);
                 if eviction::make_room(&self.root, excess)? > 0 {
                     counted = self.count(account)?;
                 }

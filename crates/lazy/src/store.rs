@@ -152,10 +152,11 @@ impl Store {
         adopted.get(&(metadata.dev(), metadata.ino()))?.try_clone().ok()
     }
 
-    /// Closes what was adopted of a layer whose data file is removed, which keeps its disk for as long as it is open.
-    pub(crate) fn let_go(&self, data: &std::fs::Metadata) {
+    /// Closes what was adopted of layers whose data files were removed, by whomever: they keep their disk for as long as
+    /// they are open. Whoever reads one has a descriptor of his own.
+    pub fn let_go_of_removed(&self) {
         let mut adopted = self.inner.adopted.lock().unwrap_or_else(PoisonError::into_inner);
-        adopted.remove(&(data.dev(), data.ino()));
+        adopted.retain(|_, data| data.metadata().is_ok_and(|metadata| metadata.nlink() > 0));
     }
 
     /// Returns the bound on the store's disk use, in bytes.
@@ -179,7 +180,12 @@ impl Store {
     /// Makes room on the disk for `bytes` that are about to be written, and keeps it until they are. Evicts what nobody
     /// uses where the quota wants it. Blocks.
     pub(crate) fn room(&self, bytes: u64) -> Result<Option<Room>, StoreError> {
-        self.inner.quota.as_ref().map(|quota| quota.take(bytes)).transpose()
+        let Some(quota) = &self.inner.quota else { return Ok(None) };
+        let room = quota.take(bytes);
+        if quota.was_evicted() {
+            self.let_go_of_removed();
+        }
+        room.map(Some)
     }
 
     /// Returns the layer in `directory`, where this process has it open.
@@ -193,10 +199,13 @@ impl Store {
         &self.inner.schedule
     }
 
-    /// Returns the directory of a layer whose table of contents the manifest vouches for, whether it is here or not.
+    /// Returns the directory of a layer, whether it is here or not. `unverified_from` names the source ([`ImageSource::name`])
+    /// of one whose table of contents nothing vouches for.
+    ///
+    /// [`ImageSource::name`]: loris_oci::ImageSource::name
     #[must_use]
-    pub fn layer_directory(&self, blob: &Digest, toc: &Digest) -> PathBuf {
-        self.directory(blob, toc, None)
+    pub fn layer_directory(&self, blob: &Digest, toc: &Digest, unverified_from: Option<&str>) -> PathBuf {
+        self.directory(blob, toc, unverified_from)
     }
 
     /// Returns the directory of a layer; `unverified_from` names the source of one that nothing vouches for.
@@ -405,6 +414,37 @@ mod tests {
         std::fs::set_permissions(directory.path(), mode).unwrap();
         let error = Store::open(directory.path()).unwrap_err();
         assert!(matches!(&error, StoreError::Exposed { detail, .. } if detail.contains("0777")), "{error}");
+    }
+
+    #[test]
+    fn what_was_adopted_is_closed_once_it_is_removed() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::open(directory.path()).unwrap();
+        let adopted = |store: &Store| store.inner.adopted.lock().unwrap().len();
+        for name in ["a", "b"] {
+            let file = File::create(directory.path().join(name)).unwrap();
+            store.adopt(file).unwrap();
+        }
+        // By another process.
+        std::fs::remove_file(directory.path().join("a")).unwrap();
+        assert_eq!(adopted(&store), 2);
+        let gone = store.remove(&directory.path().join("layers/x/y")).unwrap();
+        assert_eq!((gone, adopted(&store)), (crate::Removed::Gone, 1));
+    }
+
+    #[test]
+    fn what_is_evicted_for_the_quota_is_closed() {
+        let directory = tempfile::tempdir().unwrap();
+        let options = StoreOptions { quota_bytes: Some(1 << 20), ..StoreOptions::default() };
+        let store = Store::open_with(directory.path(), &options).unwrap();
+        let layer = store.layer_directory(&Digest::sha256_of(b"1"), &Digest::sha256_of(b"2"), None);
+        std::fs::create_dir_all(&layer).unwrap();
+        std::fs::write(layer.join("lock"), b"").unwrap();
+        std::fs::write(layer.join("data"), vec![1; 900 << 10]).unwrap();
+        store.adopt(File::open(layer.join("data")).unwrap()).unwrap();
+        drop(store.room(600 << 10).unwrap());
+        assert!(!layer.exists());
+        assert_eq!(store.inner.adopted.lock().unwrap().len(), 0);
     }
 
     #[test]

@@ -533,7 +533,8 @@ impl Inner {
         let ended = match self.files.take_inherited() {
             Ok(ended) => ended,
             Err(error) => {
-                tracing::warn!(%error, "files of an earlier process stay open");
+                tracing::warn!(%error, "files of an earlier process stay open until the next mount ends");
+                self.settled.store(true, Ordering::SeqCst);
                 return;
             }
         };

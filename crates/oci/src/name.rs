@@ -44,6 +44,8 @@ const NOT_SUPPORTED: [(&str, &str); 6] = [
 
 /// Longest reference in a layout, in bytes.
 const LAYOUT_REFERENCE_BYTES: usize = 1024;
+/// The namespace of Kubernetes in containerd.
+const KUBERNETES: &str = "k8s.io";
 /// Longest namespace of containerd, in bytes.
 const NAMESPACE_BYTES: usize = 76;
 
@@ -259,17 +261,35 @@ fn in_file(
     Ok((PathBuf::from(path), Selector { name, index, digest }))
 }
 
-/// Reads `[NAMESPACE/]REFERENCE`. A namespace may look as a registry does (`k8s.io`): what comes first is one where another
-/// registry follows, or where it can't be a registry.
+/// Reads `[NAMESPACE/]REFERENCE`. What comes first is a namespace where it can't be a registry. Where it can be one, as
+/// `k8s.io` looks, and what follows can be a registry as well as the first part of a repository, nobody guesses: the wrong
+/// one would be a stranger's registry, or a namespace that nobody sees.
 fn in_containerd(text: &str, rest: &str) -> Result<(Option<String>, Reference), Error> {
     let is_registry = |part: &str| part == "localhost" || part.contains(['.', ':']) || part.to_lowercase() != part;
     let (namespace, reference) = match rest.split_once('/') {
-        Some((first, behind))
-            if !is_registry(first) || behind.split_once('/').is_some_and(|(second, _)| is_registry(second)) =>
-        {
-            (Some(first), behind)
-        }
-        _ => (None, rest),
+        Some((first, behind)) if !is_registry(first) => (Some(first), behind),
+        // No namespace has a port.
+        Some((first, _)) if first.contains(':') => (None, rest),
+        Some((first, behind)) => match behind.split_once('/').map(|(second, _)| second) {
+            Some(second) if is_registry(second) => {
+                // No part of a repository has a port or capitals, and `k8s.io` is Kubernetes' namespace and no registry.
+                let is_surely = second.contains(':') || second.to_lowercase() != second;
+                if first != KUBERNETES && !is_surely {
+                    let first: String = first.chars().take(100).collect();
+                    return Err(Error::Invalid {
+                        what: format!("image name {:?}", text.chars().take(200).collect::<String>()),
+                        detail: format!(
+                            "{first} may be a namespace of containerd or a registry: where it is a registry, write \
+                             `containerd:default/{first}/...`; where it is a namespace, leave it out and set \
+                             CONTAINERD_NAMESPACE={first}"
+                        ),
+                    });
+                }
+                (Some(first), behind)
+            }
+            _ => (None, rest),
+        },
+        None => (None, rest),
     };
     // `containerd/pkg/identifiers`.
     let is_namespace = |name: &str| {

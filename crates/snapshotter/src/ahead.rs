@@ -20,7 +20,7 @@ use tokio::{runtime::Handle, task::AbortHandle};
 const GATHERING: Duration = Duration::from_millis(300);
 /// Between attempts to remove a layer that somebody still uses.
 const PAUSE: Duration = Duration::from_millis(500);
-/// How often that is tried: for a minute. What is in use by others for longer belongs to them.
+/// How often that is tried: for a minute. What is in use for longer is tried again with what was left at the start.
 const ATTEMPTS: u32 = 120;
 
 /// What is fetched ahead.
@@ -155,8 +155,8 @@ impl Ahead {
         Some(layer)
     }
 
-    /// Removes what was fetched of a layer, as soon as nobody uses it.
-    pub fn discard(&self, store: &Store, directory: PathBuf) {
+    /// Removes what was fetched of a layer, as soon as nobody uses it, and says so then.
+    pub fn discard(&self, store: &Store, directory: PathBuf, done: impl FnOnce() + Send + 'static) {
         let store = store.clone();
         self.inner.runtime.spawn(async move {
             for _ in 0..ATTEMPTS {
@@ -166,6 +166,7 @@ impl Ahead {
                     Ok(Ok(Removed::InUse)) => tokio::time::sleep(PAUSE).await,
                     Ok(Ok(removed)) => {
                         tracing::debug!(?removed, layer = %directory.display(), "the layer of a removed image");
+                        let _ = tokio::task::spawn_blocking(done).await;
                         return;
                     }
                     Ok(Err(error)) => {
@@ -175,7 +176,7 @@ impl Ahead {
                     Err(_) => return,
                 }
             }
-            tracing::info!(layer = %directory.display(), "the layer of a removed image is in use elsewhere, and stays");
+            tracing::info!(layer = %directory.display(), "the layer of a removed image is in use elsewhere, and stays for now");
         });
     }
 

@@ -34,6 +34,11 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const SETTLING: Duration = Duration::from_mins(2);
 /// So long the layers of an image may take to be completed here, before they are fetched for containerd.
 const COMPLETING: Duration = Duration::from_mins(10);
+/// Between attempts at one image that fails: the first pause, which doubles, and the longest.
+const FIRST_RETRY: Duration = Duration::from_secs(30);
+const LONGEST_RETRY: Duration = Duration::from_hours(1);
+/// So long attempts have one lease, which lasts twice as long.
+const LEASED: Duration = Duration::from_hours(12);
 /// Between looks whether an image is still there whose layers are being fetched.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -129,12 +134,16 @@ impl Content {
         let remote = match self.inner.snapshots.remote_layers().await {
             Ok(remote) if !remote.is_empty() => remote,
             // Nothing here is lazy.
-            _ => return Ok(true),
+            _ => {
+                known.keep(|_| false).await;
+                return Ok(true);
+            }
         };
         let store = Store::connect(place).await?;
         let images = store.images().await?;
-        known.keep(|name| images.iter().any(|image| image.name == name));
-        let origins = Origins::new(self.inner.snapshots.client()).knowing(&remote);
+        known.keep(|name| images.iter().any(|image| image.name == name)).await;
+        let named = named_by(&remote, images.iter().map(|image| image.name.as_str()));
+        let origins = Origins::new(self.inner.snapshots.client()).knowing(&named);
         let mut is_done = true;
         for image in images {
             let target = image.target.as_ref().map(|target| target.digest.clone()).unwrap_or_default();
@@ -142,8 +151,20 @@ impl Content {
             if known.whole.contains(&(image.name.clone(), target.clone())) {
                 continue;
             }
+            if !known.is_due(&image.name, &target) {
+                is_done = false;
+                continue;
+            }
             let source = ContainerdSource::of(store.clone(), image.clone(), reference.clone(), origins.clone());
-            let missing = whole::missing(&source).await?;
+            let missing = match whole::missing(&source).await {
+                Ok(missing) => missing,
+                // The others have nothing to do with it.
+                Err(error) => {
+                    known.failed(&image.name, &target, &place.namespace, &error);
+                    is_done = false;
+                    continue;
+                }
+            };
             if !missing.iter().any(|layer| remote.contains_key(&layer.digest)) {
                 // What is missing else is somebody's who is just pulling it.
                 if missing.is_empty() {
@@ -155,14 +176,18 @@ impl Content {
                 is_done = false;
                 continue;
             }
-            let sink = ContainerdSink::new(store.clone(), reference);
+            let (sink, before) = known.sink(&image.name, || ContainerdSink::new(store.clone(), reference));
             let completed = tokio::select! {
                 completed = whole::complete(&source, &sink, &()) => completed,
                 () = gone(&store, &image.name) => {
-                    sink.end().await;
+                    known.end(&image.name).await;
                     continue;
                 }
             };
+            // The new lease has what is there by now.
+            if let Some(before) = before {
+                before.end().await;
+            }
             match completed {
                 Ok(completed) => {
                     let (layers, bytes) = (completed.fetched.len(), completed.fetched_bytes);
@@ -173,13 +198,12 @@ impl Content {
                         bytes,
                         "containerd has all layers of the image"
                     );
+                    // It has ended its lease.
+                    known.forget(&image.name);
                     known.whole.insert((image.name, target));
                 }
                 Err(error) => {
-                    if known.told.insert(image.name.clone()) {
-                        tracing::warn!(image = image.name, namespace = place.namespace, %error,
-                            "containerd has not got all layers of the image; tried again from time to time");
-                    }
+                    known.failed(&image.name, &target, &place.namespace, &error);
                     is_done = false;
                 }
             }
@@ -207,16 +231,86 @@ struct Known {
     whole: HashSet<(String, String)>,
     /// Images whose layers are being completed here, and since when.
     waiting: HashMap<String, Instant>,
-    /// Images of which it was said that something is wrong.
-    told: HashSet<String>,
+    /// Images with which something is wrong, with what their names lead to.
+    failing: HashMap<String, Failing>,
+    /// What writes images that are not whole yet, and since when: all attempts at one have the same lease.
+    sinks: HashMap<String, (Arc<ContainerdSink>, Instant)>,
+}
+
+/// An image that could not be made whole.
+struct Failing {
+    target: String,
+    pause: Duration,
+    next: Instant,
 }
 
 impl Known {
-    fn keep(&mut self, is_there: impl Fn(&str) -> bool) {
+    /// Forgets images that have gone, and ends their leases.
+    async fn keep(&mut self, is_there: impl Fn(&str) -> bool) {
         self.whole.retain(|(name, _)| is_there(name));
         self.waiting.retain(|name, _| is_there(name));
-        self.told.retain(|name| is_there(name));
+        self.failing.retain(|name, _| is_there(name));
+        let gone: Vec<String> = self.sinks.keys().filter(|name| !is_there(name)).cloned().collect();
+        for name in gone {
+            self.end(&name).await;
+        }
     }
+
+    /// Whether an image may be tried: one that fails is tried ever more seldom, until its name leads elsewhere.
+    fn is_due(&self, image: &str, target: &str) -> bool {
+        self.failing.get(image).is_none_or(|failing| failing.target != target || Instant::now() >= failing.next)
+    }
+
+    fn failed(&mut self, image: &str, target: &str, namespace: &str, error: &Error) {
+        let before = self.failing.get(image).filter(|failing| failing.target == target);
+        let pause = before.map_or(FIRST_RETRY, |failing| (failing.pause * 2).min(LONGEST_RETRY));
+        if before.is_none() {
+            tracing::warn!(image, namespace, %error,
+                "containerd has not got all layers of the image; tried again from time to time");
+        }
+        let failing = Failing { target: target.to_owned(), pause, next: Instant::now() + pause };
+        self.failing.insert(image.to_owned(), failing);
+    }
+
+    /// Returns what writes an image, and what did so before, where its lease will expire.
+    fn sink(
+        &mut self,
+        image: &str,
+        begin: impl FnOnce() -> ContainerdSink,
+    ) -> (Arc<ContainerdSink>, Option<Arc<ContainerdSink>>) {
+        let before = match self.sinks.get(image) {
+            Some((sink, since)) if since.elapsed() < LEASED => return (Arc::clone(sink), None),
+            old => old.map(|(sink, _)| Arc::clone(sink)),
+        };
+        let sink = Arc::new(begin());
+        self.sinks.insert(image.to_owned(), (Arc::clone(&sink), Instant::now()));
+        (sink, before)
+    }
+
+    /// Ends the lease under which an image was written.
+    async fn end(&mut self, image: &str) {
+        if let Some((sink, _)) = self.sinks.remove(image) {
+            sink.end().await;
+        }
+    }
+
+    fn forget(&mut self, image: &str) {
+        self.sinks.remove(image);
+        self.failing.remove(image);
+    }
+}
+
+/// Returns the references that are names of the images here. A layer's snapshot is the same in all namespaces: by which
+/// name, and so with whose credentials, another namespace's client asked for it is not this one's to use.
+fn named_by<'a>(
+    references: &HashMap<Digest, String>,
+    images: impl Iterator<Item = &'a str>,
+) -> HashMap<Digest, String> {
+    let canonical = |name: &str| Some(name.parse::<Reference>().ok()?.canonical());
+    let names: HashSet<String> = images.filter_map(canonical).collect();
+    let is_here = |name: &str| canonical(name).is_some_and(|name| names.contains(&name));
+    let here = references.iter().filter(|(_, name)| is_here(name));
+    here.map(|(layer, name)| (*layer, name.clone())).collect()
 }
 
 /// Returns when an image has gone.
@@ -226,5 +320,55 @@ async fn gone(store: &Store, name: &str) {
         if let Ok(None) = store.image(name).await {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn what_fails_is_tried_ever_more_seldom_until_the_name_leads_elsewhere() {
+        let mut known = Known::default();
+        assert!(known.is_due("a", "1"));
+        let error = Error::NotFound { what: "a layer".to_owned(), place: "a registry".to_owned() };
+        for expected in [FIRST_RETRY, FIRST_RETRY * 2, FIRST_RETRY * 4] {
+            known.failed("a", "1", "moby", &error);
+            assert_eq!(known.failing["a"].pause, expected);
+        }
+        assert!(!known.is_due("a", "1"));
+        assert!(known.is_due("a", "2") && known.is_due("b", "1"));
+        for _ in 0..20 {
+            known.failed("a", "1", "moby", &error);
+        }
+        assert_eq!(known.failing["a"].pause, LONGEST_RETRY);
+        known.failed("a", "2", "moby", &error);
+        assert_eq!(known.failing["a"].pause, FIRST_RETRY);
+    }
+
+    #[tokio::test]
+    async fn all_attempts_at_an_image_have_one_lease() {
+        let directory = tempfile::tempdir().unwrap();
+        let address = directory.path().join("containerd.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&address).unwrap();
+        let store = Store::connect(&Place { address, namespace: "moby".to_owned() }).await.unwrap();
+        let begin = || ContainerdSink::new(store.clone(), "a".parse().unwrap());
+        let mut known = Known::default();
+        let (first, before) = known.sink("a", begin);
+        assert!(before.is_none());
+        assert!(Arc::ptr_eq(&first, &known.sink("a", begin).0));
+        assert!(!Arc::ptr_eq(&first, &known.sink("b", begin).0));
+        known.keep(|name| name == "b").await;
+        assert_eq!(known.sinks.keys().collect::<Vec<_>>(), ["b"]);
+    }
+
+    #[test]
+    fn references_of_other_namespaces_are_not_used() {
+        let (own, foreign) = (Digest::sha256_of(b"1"), Digest::sha256_of(b"2"));
+        let remote =
+            [(own, "docker.io/library/app:1".to_owned()), (foreign, "r.example/private/app:1".to_owned())].into();
+        let named = named_by(&remote, ["app:1", "docker.io/library/other:1"].into_iter());
+        assert_eq!(named, [(own, "docker.io/library/app:1".to_owned())].into());
     }
 }

@@ -329,6 +329,7 @@ impl Daemon {
             served = serving_kubelet => served,
             () = self.content.run() => Ok(()),
             () = idle::give_memory_back(self.snapshots.ahead()) => Ok(()),
+            () = self.snapshots.discard_left() => Ok(()),
             () = self.control.asked(false, || self.report()) => Ok(()),
         }
     }

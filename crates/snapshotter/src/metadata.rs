@@ -8,6 +8,7 @@
 //! | `about` | `version`, `next` | 1; the next number |
 //! | `snapshots` | name, as containerd gives it | [`Snapshot`] as JSON |
 //! | `children` | parent, a NUL, child | nothing |
+//! | `discards` | a layer's directory, below the root of the store | nothing: its content is to be removed |
 //!
 //! What this module must not know: directories, mounts, registries.
 
@@ -27,6 +28,7 @@ const VERSION: u64 = 1;
 const ABOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("about");
 const SNAPSHOTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("snapshots");
 const CHILDREN: TableDefinition<'_, &[u8], ()> = TableDefinition::new("children");
+const DISCARDS: TableDefinition<'_, &str, ()> = TableDefinition::new("discards");
 /// Bytes of memory that the file's pages take at most.
 const CACHE_BYTES: usize = 4 << 20;
 /// Longest chain of parents: what overlayfs can show is a tenth of it.
@@ -187,7 +189,9 @@ impl Metadata {
             }
             drop(about);
             transaction.snapshots().map(drop)?;
-            transaction.children().map(drop)
+            transaction.children().map(drop)?;
+            // Files of earlier versions have none.
+            transaction.discards().map(drop)
         })?;
         Ok(metadata)
     }
@@ -323,11 +327,12 @@ impl Metadata {
         })
     }
 
-    /// Removes a snapshot and returns it.
+    /// Removes a snapshot and returns it. Where it was the last one of its layer, the content of that is noted as to be
+    /// removed: `directory` says where it is.
     ///
     /// # Errors
     /// Where there is none of this name, or it is somebody's parent.
-    pub fn remove(&self, name: &str) -> Result<Snapshot> {
+    pub fn remove(&self, name: &str, directory: impl Fn(&Snapshot) -> Option<String>) -> Result<Snapshot> {
         self.write(|transaction| {
             let mut snapshots = transaction.snapshots()?;
             let snapshot = find(&snapshots, name)?.ok_or_else(|| not_found(name))?;
@@ -341,8 +346,39 @@ impl Metadata {
                 children.remove(&*child_key(parent, name)).map_err(fault)?;
             }
             snapshots.remove(name).map_err(fault)?;
+            if let Some(remote) = &snapshot.remote
+                && let Some(directory) = directory(&snapshot)
+                && !has_layer(&snapshots, &remote.key())?
+            {
+                transaction.discards()?.insert(&*directory, ()).map_err(fault)?;
+            }
             Ok(snapshot)
         })
+    }
+
+    /// Returns the directories of content that is to be removed, below the root of the store.
+    ///
+    /// # Errors
+    /// Where the file can't be read.
+    pub fn discards(&self) -> Result<Vec<String>> {
+        let read = || {
+            let transaction = self.database.begin_read().map_err(fault)?;
+            let discards = transaction.open_table(DISCARDS).map_err(fault)?;
+            let mut found = Vec::new();
+            for entry in discards.iter().map_err(fault)? {
+                found.push(entry.map_err(fault)?.0.value().to_owned());
+            }
+            Ok(found)
+        };
+        read().map_err(|fault| self.said(fault))
+    }
+
+    /// Content is gone, or is wanted again.
+    ///
+    /// # Errors
+    /// Where the file can't be written.
+    pub fn discarded(&self, directory: &str) -> Result<()> {
+        self.write(|transaction| transaction.discards()?.remove(directory).map(drop).map_err(fault))
     }
 
     /// Changes a snapshot's labels: replaces all, or those that `paths` names (`labels`, `labels.KEY`).
@@ -443,6 +479,10 @@ impl Transaction {
         self.0.open_table(CHILDREN).map_err(fault)
     }
 
+    fn discards(&self) -> Answer<redb::Table<'_, &'static str, ()>> {
+        self.0.open_table(DISCARDS).map_err(fault)
+    }
+
     fn next_id(&self) -> Answer<u64> {
         let mut about = self.about()?;
         let id = about.get("next").map_err(fault)?.map_or(1, |next| next.value());
@@ -453,6 +493,16 @@ impl Transaction {
 
 fn find(snapshots: &impl redb::ReadableTable<&'static str, &'static [u8]>, name: &str) -> Answer<Option<Snapshot>> {
     snapshots.get(name).map_err(fault)?.map(|value| decode(name, value.value())).transpose()
+}
+
+fn has_layer(snapshots: &impl redb::ReadableTable<&'static str, &'static [u8]>, key: &str) -> Answer<bool> {
+    for entry in snapshots.iter().map_err(fault)? {
+        let (name, value) = entry.map_err(fault)?;
+        if decode(name.value(), value.value())?.remote.is_some_and(|remote| remote.key() == key) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn check_parent(snapshots: &impl redb::ReadableTable<&'static str, &'static [u8]>, parent: &str) -> Answer<()> {

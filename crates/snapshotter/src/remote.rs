@@ -53,7 +53,7 @@ pub struct RemoteLayer {
     /// How long it took to open it.
     #[serde(default)]
     pub opening: OpeningTimes,
-    /// The image that it came from, where nothing vouches for its content: another one's may be other bytes.
+    /// The image that it came from, as its source is named, where nothing vouches for its content: another one's may be other bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unvouched_from: Option<String>,
 }
@@ -191,6 +191,8 @@ struct Resolved {
 struct Image {
     /// How long it took to find the manifest.
     manifest: Duration,
+    /// What its source is called, which names the directories of layers that nothing vouches for.
+    source: String,
     layers: Vec<(Descriptor, LayerOpening)>,
     config: Shared<BoxFuture<'static, Option<Arc<ImageConfig>>>>,
 }
@@ -242,22 +244,28 @@ impl Images {
     /// Why the client should pull it itself.
     pub async fn layer(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
         let patience = self.settings().patience;
-        match tokio::time::timeout(patience, self.find(asked)).await {
+        let waited_for = Mutex::new(None);
+        match tokio::time::timeout(patience, self.find(asked, &waited_for)).await {
             Ok(found) => found,
             Err(_) => {
-                self.failed(asked);
+                self.failed(asked, &waited_for);
                 let reason = format!("it could not be opened within {} s", patience.as_secs_f32());
                 Err(Fallback { kind: FallbackKind::Timeout, reason })
             }
         }
     }
 
-    async fn find(self: &Arc<Self>, asked: &Asked) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
+    /// Notes in `waited_for` which opening it waits for.
+    async fn find(
+        self: &Arc<Self>,
+        asked: &Asked,
+        waited_for: &Mutex<Option<Opening>>,
+    ) -> Result<(RemoteLayer, Arc<LazyLayer>), Fallback> {
         // The name may lead elsewhere by now.
-        let mut image = self.image(asked, false).await?;
+        let mut image = self.image(asked, false, waited_for).await?;
         let is_meant = |descriptor: &Descriptor| descriptor.digest == asked.layer;
         if !image.layers.iter().any(|(descriptor, _)| is_meant(descriptor)) {
-            image = self.image(asked, true).await?;
+            image = self.image(asked, true, waited_for).await?;
         }
         let Some(number) = image.layers.iter().position(|(descriptor, _)| is_meant(descriptor)) else {
             let reason = format!("the image that {} leads to has no such layer", asked.reference);
@@ -272,7 +280,7 @@ impl Images {
         }
         let opened = opening.clone().await;
         if let Err(LayerError::Fetch { .. }) = opened {
-            self.failed(asked);
+            self.failed(asked, waited_for);
         }
         let (layer, took) = opened?;
         // It was asked for beside the layers.
@@ -281,13 +289,17 @@ impl Images {
         let opening =
             OpeningTimes { manifest_ms: milliseconds(image.manifest), layer_ms: milliseconds(image.manifest + took) };
         let (reference, descriptor) = (asked.reference.clone(), descriptor.clone());
-        let unvouched_from = (!layer.is_vouched()).then(|| reference.clone());
+        let unvouched_from = (!layer.is_vouched()).then(|| image.source.clone());
         Ok((RemoteLayer { reference, descriptor, diff_id, opening, unvouched_from }, layer))
     }
 
     /// Notes that a layer of an image is out of reach: what is asked for later is tried anew.
-    fn failed(&self, asked: &Asked) {
-        if let Some(resolved) = lock(&self.resolved).get_mut(&(asked.reference.clone(), asked.manifest)) {
+    fn failed(&self, asked: &Asked, waited_for: &Mutex<Option<Opening>>) {
+        let Some(opening) = lock(waited_for).clone() else { return };
+        // Somebody may have begun anew by now.
+        if let Some(resolved) = lock(&self.resolved).get_mut(&(asked.reference.clone(), asked.manifest))
+            && resolved.image.ptr_eq(&opening)
+        {
             resolved.failed.get_or_insert_with(Instant::now);
         }
     }
@@ -299,7 +311,9 @@ impl Images {
     pub async fn reopen(&self, remote: &RemoteLayer) -> Result<Arc<LazyLayer>, LayerError> {
         let layer = remote.descriptor.digest;
         let not_lazy = |error: loris_oci::Error| LayerError::NotLazy { layer, reason: error.to_string() };
-        let reference: Reference = remote.reference.parse().map_err(not_lazy)?;
+        // A layer that nothing vouches for is where its source's name leads.
+        let name = remote.unvouched_from.as_ref().unwrap_or(&remote.reference);
+        let reference: Reference = name.parse().map_err(not_lazy)?;
         let source: Arc<dyn ImageSource> = Arc::new(self.settings().client.source(&reference));
         let patience = self.settings().patience;
         let opened = tokio::time::timeout(patience, self.opened(source, &remote.descriptor)).await;
@@ -327,10 +341,15 @@ impl Images {
     #[must_use]
     pub fn directory(&self, remote: &RemoteLayer) -> Option<PathBuf> {
         let identity = identity(&remote.descriptor)?;
-        Some(self.store.layer_directory(&remote.descriptor.digest, &identity))
+        Some(self.store.layer_directory(&remote.descriptor.digest, &identity, remote.unvouched_from.as_deref()))
     }
 
-    async fn image(self: &Arc<Self>, asked: &Asked, anew: bool) -> Result<Arc<Image>, Fallback> {
+    async fn image(
+        self: &Arc<Self>,
+        asked: &Asked,
+        anew: bool,
+        waited_for: &Mutex<Option<Opening>>,
+    ) -> Result<Arc<Image>, Fallback> {
         let key = (asked.reference.clone(), asked.manifest);
         let opening = {
             let mut resolved = lock(&self.resolved);
@@ -343,19 +362,35 @@ impl Images {
             if resolved.len() >= MOST_RESOLVED {
                 resolved.clear();
             }
-            let begin = || Resolved {
-                image: Self::begin(Arc::clone(self), key.clone()).boxed().shared(),
-                since: Instant::now(),
-                failed: None,
-            };
+            let begin = || Resolved { image: self.spawned(&key), since: Instant::now(), failed: None };
             resolved.entry(key.clone()).or_insert_with(begin).image.clone()
         };
-        let image = opening.await;
+        *lock(waited_for) = Some(opening.clone());
+        let image = opening.clone().await;
         if image.is_err() {
-            // The next one who asks may have more luck.
-            lock(&self.resolved).remove(&key);
+            // The next one who asks may have more luck, and may have begun by now.
+            let mut resolved = lock(&self.resolved);
+            if resolved.get(&key).is_some_and(|resolved| resolved.image.ptr_eq(&opening)) {
+                resolved.remove(&key);
+            }
         }
         image
+    }
+
+    /// Finds an image whether anybody waits for it or not: what nobody polls would hold this, which holds it, for ever.
+    fn spawned(self: &Arc<Self>, key: &ImageKey) -> Opening {
+        let patience = self.settings().patience;
+        let begun = Self::begin(Arc::clone(self), key.clone());
+        let bounded = async move {
+            let timeout = |_| Fallback {
+                kind: FallbackKind::Timeout,
+                reason: format!("its manifest could not be had within {} s", patience.as_secs_f32()),
+            };
+            tokio::time::timeout(patience, begun).await.unwrap_or_else(|elapsed| Err(timeout(elapsed)))
+        };
+        let opening = bounded.boxed().shared();
+        tokio::spawn(opening.clone());
+        opening
     }
 
     /// Finds the manifest and begins to open everything.
@@ -404,7 +439,7 @@ impl Images {
                 lock(&images.resolved).retain(|_, resolved| resolved.since.elapsed() < RESOLVED);
             }
         });
-        Ok(Arc::new(Image { manifest: found, layers, config }))
+        Ok(Arc::new(Image { manifest: found, source: source.name(), layers, config }))
     }
 
     async fn config(

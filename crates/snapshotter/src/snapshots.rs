@@ -20,7 +20,7 @@ use std::{
 };
 
 use loris_format::{digest::Digest, estargz::toc::TOC_DIGEST_ANNOTATION, tree::OpaqueStyle};
-use loris_lazy::{LazyLayer, OpenOptions};
+use loris_lazy::{LazyLayer, OpenOptions, Removed};
 use loris_mount::{MountError, erofs::Form, removal::remove_tree};
 use loris_oci::registry::Client;
 
@@ -38,6 +38,9 @@ use crate::{
 
 /// Snapshots that are being removed.
 const REMOVING: &str = "removing-";
+/// Between looks for content of removed images that could not be removed with them: at first, and in the end.
+const FIRST_DISCARD: Duration = Duration::from_mins(1);
+const LONGEST_DISCARD: Duration = Duration::from_hours(1);
 
 /// What can't be done, and why.
 #[derive(Debug, thiserror::Error)]
@@ -273,7 +276,7 @@ impl Snapshots {
                 let wanted = Wanted { name: &key, parent: &parent, kind, labels, remote: None, fallback };
                 let snapshot = inner.metadata.create(&wanted)?;
                 if let Err(error) = inner.make_directories(&snapshot) {
-                    let _ = inner.metadata.remove(&key);
+                    let _ = inner.metadata.remove(&key, |_| None);
                     return Err(error);
                 }
                 Ok(snapshot)
@@ -393,7 +396,8 @@ impl Snapshots {
     pub async fn remove(&self, key: &str) -> Result<()> {
         let key = key.to_owned();
         self.blocking(move |inner| {
-            let snapshot = inner.metadata.remove(&key)?;
+            let snapshot =
+                inner.metadata.remove(&key, |snapshot| inner.stored_at(snapshot.id, snapshot.remote.as_ref()?))?;
             inner.lowers.release(snapshot.id);
             match &snapshot.remote {
                 Some(remote) => inner.forget_layer(snapshot.id, remote)?,
@@ -402,6 +406,19 @@ impl Snapshots {
             Ok(())
         })
         .await
+    }
+
+    /// Removes the content of layers whose last snapshot was removed, where that was not possible then or the process was
+    /// killed before it: at once, and from time to time. Never ends.
+    pub(crate) async fn discard_left(&self) {
+        let mut pause = FIRST_DISCARD;
+        loop {
+            if let Err(error) = self.blocking(|inner| inner.discard_left()).await {
+                tracing::warn!(%error, "layers of removed images stay");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 4).min(LONGEST_DISCARD);
+        }
     }
 
     /// Returns the layers of remote snapshots, and by which reference each was asked for.
@@ -474,7 +491,7 @@ impl Snapshots {
     /// # Errors
     /// See [`SnapshotError`].
     pub async fn cleanup(&self) -> Result<()> {
-        self.blocking(Inner::clean).await
+        self.blocking(|inner| inner.clean()).await
     }
 
     /// The layers that are open.
@@ -531,7 +548,10 @@ impl Snapshots {
         .await
     }
 
-    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Inner) -> Result<T> + Send + 'static) -> Result<T> {
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Inner>) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
         let inner = Arc::clone(&self.inner);
         tokio::task::spawn_blocking(move || work(&inner)).await.unwrap_or(Err(SnapshotError::Stopping))
     }
@@ -605,18 +625,59 @@ impl Inner {
         }
     }
 
+    /// Where the content of a snapshot's layer is, below the root of the store.
+    fn stored_at(&self, id: u64, remote: &RemoteLayer) -> Option<String> {
+        let layer = self.ahead.layer(id);
+        let directory = layer.map(|layer| layer.directory().to_owned()).or_else(|| self.images.directory(remote))?;
+        Some(directory.strip_prefix(self.images.store().root()).ok()?.to_str()?.to_owned())
+    }
+
     /// The last snapshot of a layer is gone: its content goes too.
-    fn forget_layer(&self, id: u64, remote: &RemoteLayer) -> Result<()> {
+    fn forget_layer(self: &Arc<Self>, id: u64, remote: &RemoteLayer) -> Result<()> {
         let key = remote.key();
         let others = self.metadata.list(|other| other.remote.as_ref().is_some_and(|other| other.key() == key))?;
+        let at = self.stored_at(id, remote);
         self.images.forget(&remote.descriptor.digest);
-        let layer = self.ahead.end(id);
-        if others.is_empty() {
-            let directory = layer.as_ref().map(|layer| layer.directory().to_owned());
-            let directory = directory.or_else(|| self.images.directory(remote));
-            drop(layer);
-            if let Some(directory) = directory {
-                self.ahead.discard(self.images.store(), directory);
+        drop(self.ahead.end(id));
+        if others.is_empty()
+            && let Some(at) = at
+        {
+            let (inner, directory) = (Arc::downgrade(self), self.images.store().root().join(&at));
+            let done = move || {
+                if let Some(inner) = inner.upgrade() {
+                    inner.discarded(&at);
+                }
+            };
+            self.ahead.discard(self.images.store(), directory, done);
+        }
+        Ok(())
+    }
+
+    fn discarded(&self, at: &str) {
+        if let Err(error) = self.metadata.discarded(at) {
+            tracing::debug!(%error, "a layer that was removed is looked for again");
+        }
+    }
+
+    /// Removes content that an earlier attempt, or an earlier process, has left.
+    fn discard_left(&self) -> Result<()> {
+        let store = self.images.store();
+        // Others evict too.
+        store.let_go_of_removed();
+        for at in self.metadata.discards()? {
+            // It may have been pulled again. Whoever is just doing it has it open.
+            let remote = self.metadata.list(|snapshot| snapshot.remote.is_some())?;
+            let stored = |snapshot: &Snapshot| self.stored_at(snapshot.id, snapshot.remote.as_ref()?);
+            let is_wanted = remote.iter().any(|snapshot| stored(snapshot).as_ref() == Some(&at));
+            let is_inside = at.starts_with("layers/") && !at.split('/').any(|part| part == "..");
+            let removed = match is_wanted || !is_inside {
+                true => Ok(Removed::Gone),
+                false => store.remove(&store.root().join(&at)),
+            };
+            match removed {
+                Ok(Removed::InUse) => {}
+                Ok(_) => self.discarded(&at),
+                Err(error) => tracing::warn!(%error, layer = at, "the layer of a removed image stays"),
             }
         }
         Ok(())

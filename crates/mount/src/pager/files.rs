@@ -185,12 +185,20 @@ impl Files {
         Some(layer)
     }
 
-    /// Ends the uses that were inherited, and returns the files that nobody watches then.
+    /// Ends the uses that were inherited, and returns the files that nobody watches then. Where that fails, nothing has
+    /// changed.
     pub(super) fn take_inherited(&self) -> io::Result<Vec<Ended>> {
         let mut table = self.lock();
+        // All descriptors first: they may run out.
+        let mut inherited = Vec::new();
+        for (identity, entry) in &table.by_identity {
+            if let Some(files) = entry.inherited().transpose()? {
+                inherited.push((*identity, files));
+            }
+        }
         let mut ended = Vec::new();
-        for entry in table.by_identity.values_mut() {
-            let Some(files) = entry.inherited().transpose()? else { continue };
+        for (identity, files) in inherited {
+            let Some(entry) = table.by_identity.get_mut(&identity) else { continue };
             entry.uses.retain(|(number, _)| *number != INHERITED);
             entry.kept = None;
             let uses = &entry.uses;

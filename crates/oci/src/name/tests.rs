@@ -52,6 +52,21 @@ fn transports_are_skopeos() {
             "containerd:k8s.io/registry.k8s.io/pause:3",
         ),
         (
+            "containerd:default/quay.io/my.team/app:1",
+            containerd(Some("default"), "quay.io/my.team/app:1"),
+            "containerd:default/quay.io/my.team/app:1",
+        ),
+        (
+            "containerd:my.space/localhost:5000/a/b:1",
+            containerd(Some("my.space"), "localhost:5000/a/b:1"),
+            "containerd:my.space/localhost:5000/a/b:1",
+        ),
+        (
+            "containerd:localhost:5000/my.team/b:1",
+            containerd(None, "localhost:5000/my.team/b:1"),
+            "containerd:localhost:5000/my.team/b:1",
+        ),
+        (
             "containerd:localhost:5000/a/b:1",
             containerd(None, "localhost:5000/a/b:1"),
             "containerd:localhost:5000/a/b:1",
@@ -78,6 +93,8 @@ fn names_that_mean_nothing_say_what_would() {
         ("containerd:a--b/alpine", "namespace"),
         ("containerd:/alpine", "namespace"),
         ("containerd:default/Alpine", "capital"),
+        ("containerd:quay.io/my.team/app:1", "containerd:default/quay.io/..."),
+        ("containerd:localhost/docker.io/app/b", "CONTAINERD_NAMESPACE=localhost"),
         ("docker-daemon:alpine:latest", "docker save"),
         ("./x", "oci:DIR"),
         ("/x.tar", "oci-archive:FILE"),

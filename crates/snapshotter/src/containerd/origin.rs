@@ -5,7 +5,7 @@
 //! | labels of the layer's snapshot | the snapshotter has another name than those that are tried |
 //! | `containerd.io/distribution.source.HOST` on the image's manifest | containerd leaves the port out |
 //! | the image's own name | it was tagged or committed here, and no registry has it |
-//! | names of other images with the same layer | there is none |
+//! | names of other images with the same layer (the source's to find, and only then) | there is none |
 //!
 //! What this module must not know: how anything is fetched or kept.
 
@@ -105,13 +105,12 @@ impl Origins {
     }
 }
 
-/// Returns references by which the layer of an image may be found, the surest first, each repository once.
+/// Returns references by which the layer of an image is likely to be found, the surest first, each repository once.
 pub(super) async fn of(
     store: &Store,
     layer: &Descriptor,
     image: &Reference,
     labels: impl Iterator<Item = (String, String)>,
-    others: impl AsyncFnOnce() -> Vec<Reference>,
 ) -> Vec<Reference> {
     let mut found = Vec::new();
     for snapshotter in SNAPSHOTTERS {
@@ -121,7 +120,6 @@ pub(super) async fn of(
     }
     found.extend(labelled(labels, image));
     found.push(image.clone());
-    found.extend(others().await);
     let mut repositories = Vec::new();
     found.retain(|reference: &Reference| {
         let is_new = !repositories.contains(&reference.name());

@@ -105,11 +105,9 @@ impl ImageSink for ContainerdSink {
 
     async fn has_blob(&self, descriptor: &Descriptor) -> Result<bool, Error> {
         let leased = self.leased().await?;
-        if leased.info(&descriptor.digest).await?.is_none() {
-            return Ok(false);
-        }
+        // Held first: what is looked at before may be collected in between. A lease may hold what is not there.
         leased.hold(&descriptor.digest).await?;
-        Ok(true)
+        Ok(leased.info(&descriptor.digest).await?.is_some())
     }
 
     /// Nothing can be mounted, but where content comes from is worth knowing.

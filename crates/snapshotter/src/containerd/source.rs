@@ -2,11 +2,15 @@
 //!
 //! What this module must not know: how the store is asked.
 
-use std::ops::Range;
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+    sync::{Arc, Mutex},
+};
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use futures_util::{StreamExt as _, stream};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use loris_format::{digest::Digest, limits::Limits};
 use loris_oci::{
     Descriptor, Document, ImageSource, Reference,
@@ -16,7 +20,7 @@ use loris_oci::{
 use tokio::sync::OnceCell;
 
 use super::{Origins, Store, origin};
-use crate::proto::images::Image;
+use crate::{locked::lock, proto::images::Image};
 
 /// An image in containerd's store.
 pub struct ContainerdSource {
@@ -25,13 +29,16 @@ pub struct ContainerdSource {
     origins: Origins,
     limits: Limits,
     image: OnceCell<Image>,
+    /// By which references layers that are missing are asked for, as long as they are found by them.
+    references: Mutex<HashMap<Digest, Arc<[Reference]>>>,
 }
 
 impl ContainerdSource {
     /// Asks nothing yet.
     #[must_use]
     pub fn new(store: Store, reference: Reference, origins: Origins) -> Self {
-        Self { store, reference, origins, limits: Limits::default(), image: OnceCell::new() }
+        let (limits, image, references) = (Limits::default(), OnceCell::new(), Mutex::default());
+        Self { store, reference, origins, limits, image, references }
     }
 
     /// Returns the same for an image that was listed.
@@ -107,8 +114,41 @@ impl ContainerdSource {
         Ok(bytes.freeze())
     }
 
-    /// Returns references by which a layer that is missing may be found.
-    pub(super) async fn references(&self, layer: &Descriptor) -> Vec<Reference> {
+    /// Asks for a layer that is missing by all references by which it may be found, the likely ones first. Those that
+    /// have led to it are kept: to find them takes many calls.
+    async fn asked_of_origins<'a, T>(
+        &self,
+        layer: &Descriptor,
+        ask: impl Fn(Arc<[Reference]>) -> BoxFuture<'a, Result<T, Error>> + Send + Sync,
+    ) -> Result<T, Error> {
+        let kept = lock(&self.references).get(&layer.digest).cloned();
+        let (is_kept, likely) = match kept {
+            Some(kept) => (true, kept),
+            None => (false, self.references(layer).await.into()),
+        };
+        let error = match ask(Arc::clone(&likely)).await {
+            Ok(answer) => {
+                if !is_kept {
+                    lock(&self.references).insert(layer.digest, likely);
+                }
+                return Ok(answer);
+            }
+            Err(error) => error,
+        };
+        lock(&self.references).remove(&layer.digest);
+        let mut others = self.others(layer).await;
+        others.retain(|other| !likely.iter().any(|likely| likely.name() == other.name()));
+        if others.is_empty() {
+            return Err(error);
+        }
+        let answer = ask(others.clone().into()).await.map_err(|_| error)?;
+        others.extend(likely.iter().cloned());
+        lock(&self.references).insert(layer.digest, others.into());
+        Ok(answer)
+    }
+
+    /// Returns references by which a layer that is missing is likely to be found.
+    async fn references(&self, layer: &Descriptor) -> Vec<Reference> {
         if let Some(known) = self.origins.known(&layer.digest) {
             return vec![known.clone()];
         }
@@ -121,8 +161,7 @@ impl ContainerdSource {
                 }
             }
         }
-        let others = async || self.others(layer).await;
-        origin::of(&self.store, layer, &self.reference, labels.into_iter(), others).await
+        origin::of(&self.store, layer, &self.reference, labels.into_iter()).await
     }
 
     /// Returns the names of other images with the same layer.
@@ -144,12 +183,15 @@ impl ContainerdSource {
     pub(super) async fn manifests(&self, target: &Descriptor) -> Vec<(Descriptor, Manifest)> {
         let mut found = Vec::new();
         let mut left = vec![(target.clone(), 0)];
+        // An index may name a child more than once, and so may that.
+        let mut seen = HashSet::from([target.digest]);
         while let Some((descriptor, depth)) = left.pop() {
             let Ok(Some(document)) = self.stored(&descriptor).await else { continue };
             match document.parse_kind(&self.limits) {
                 Ok(Kind::Manifest(manifest)) => found.push((descriptor, manifest)),
                 Ok(Kind::Index(index)) if depth < self.limits.index_depth => {
                     let children = index.manifests.into_iter().filter(Descriptor::is_document);
+                    let children = children.filter(|child| seen.insert(child.digest));
                     left.extend(children.map(|child| (child, depth + 1)));
                 }
                 _ => {}
@@ -194,14 +236,20 @@ impl ImageSource for ContainerdSource {
             let content = self.store.read(&descriptor.digest, 0..descriptor.size).await?;
             return Ok(verified(content, descriptor, self.name()));
         }
-        self.origins.blob(descriptor, &self.references(descriptor).await).await
+        let ask =
+            |references: Arc<[Reference]>| async move { self.origins.blob(descriptor, &references).await }.boxed();
+        self.asked_of_origins(descriptor, ask).await
     }
 
     async fn blob_range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Bytes, Error> {
         if self.store.info(&descriptor.digest).await?.is_some() {
             return self.read(descriptor, range).await;
         }
-        self.origins.range(descriptor, range, &self.references(descriptor).await).await
+        let ask = |references: Arc<[Reference]>| {
+            let range = range.clone();
+            async move { self.origins.range(descriptor, range, &references).await }.boxed()
+        };
+        self.asked_of_origins(descriptor, ask).await
     }
 
     async fn referrers(&self, digest: &Digest, artifact_type: Option<&str>) -> Result<Vec<Descriptor>, Error> {

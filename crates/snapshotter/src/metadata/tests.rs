@@ -122,7 +122,7 @@ fn states_lead_where_they_lead_in_containerd() {
                 View(key, parent) => metadata.create(&wanted(key, parent, Kind::View)).map(drop),
                 Commit(to, key) => metadata.commit(to, key, "", &Labels::new(), Usage::default()).map(drop),
                 CommitOn(to, key, on) => metadata.commit(to, key, on, &Labels::new(), Usage::default()).map(drop),
-                Remove(key) => metadata.remove(key).map(drop),
+                Remove(key) => metadata.remove(key, |_| None).map(drop),
             };
             assert_eq!(said(&result), *expected, "{name}, step {number}: {result:?}");
         }
@@ -169,7 +169,7 @@ fn everything_is_there_after_a_restart() {
     for name in ["a", "b", "c"] {
         ids.push(metadata.create(&wanted(name, "", Kind::Active)).unwrap().id);
     }
-    metadata.remove("c").unwrap();
+    metadata.remove("c", |_| None).unwrap();
     let all = metadata.list(|_| true).unwrap();
     drop(metadata);
     let metadata = open(&directory);
@@ -209,4 +209,42 @@ fn a_file_of_a_newer_version_is_refused() {
     std::fs::write(&path, "not a database").unwrap();
     let error = Metadata::open(&path).unwrap_err();
     assert!(error.to_string().contains("metadata.redb"), "{error}");
+}
+
+#[test]
+fn what_is_to_be_removed_of_a_layer_is_known_after_a_restart() {
+    let directory = tempfile::tempdir().unwrap();
+    let descriptor = loris_oci::Descriptor::new("layer".to_owned(), loris_format::digest::Digest::sha256_of(b"1"), 1);
+    let remote = RemoteLayer {
+        reference: "r.example/app:1".to_owned(),
+        descriptor,
+        diff_id: None,
+        opening: crate::remote::OpeningTimes::default(),
+        unvouched_from: None,
+    };
+    let metadata = open(&directory);
+    for name in ["a", "b"] {
+        metadata.create(&Wanted { remote: Some(remote.clone()), ..wanted(name, "", Kind::Committed) }).unwrap();
+    }
+    metadata.remove("a", |_| Some("layers/x".to_owned())).unwrap();
+    assert!(metadata.discards().unwrap().is_empty(), "another snapshot has the layer");
+    metadata.remove("b", |_| Some("layers/x".to_owned())).unwrap();
+    drop(metadata);
+    let metadata = open(&directory);
+    assert_eq!(metadata.discards().unwrap(), ["layers/x"]);
+    metadata.discarded("layers/x").unwrap();
+    assert!(metadata.discards().unwrap().is_empty());
+}
+
+#[test]
+fn a_file_without_the_table_of_discards_is_opened() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("metadata.redb");
+    drop(open(&directory));
+    let database = Database::open(&path).unwrap();
+    let transaction = database.begin_write().unwrap();
+    assert!(transaction.delete_table(DISCARDS).unwrap());
+    transaction.commit().unwrap();
+    drop(database);
+    assert!(open(&directory).discards().unwrap().is_empty());
 }

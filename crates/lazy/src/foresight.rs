@@ -34,6 +34,7 @@ use crate::{
     layer::LazyLayer,
     neighbours::{Guessable, Neighbours},
     plan::{fetched_range, trip_bytes},
+    schedule::Urgency,
 };
 
 /// Most compressed bytes that are fetched for one command, and of one of its files.
@@ -139,8 +140,13 @@ struct Looked {
     rest: Option<Part>,
 }
 
-/// Parts of a layer that are fetched together.
-type Part = (Weak<LazyLayer>, Vec<DataRange>);
+/// Parts of a layer that are fetched together: what the command names as if it were marked, all else behind what is known to
+/// be wanted.
+struct Part {
+    layer: Weak<LazyLayer>,
+    ranges: Vec<DataRange>,
+    urgency: Urgency,
+}
 
 struct Foresight {
     tree: Arc<Tree>,
@@ -282,7 +288,8 @@ impl Foresight {
             && let Some(InodeKind::Regular { layer, size, data, .. }) = self.tree.inode(inode).map(|inode| &inode.kind)
             && let Some(layer) = self.layers.get(layer.0 as usize)
         {
-            self.rest.push_back((layer.clone(), vec![*data..DataOffset(data.0.saturating_add(*size))]));
+            let ranges = vec![*data..DataOffset(data.0.saturating_add(*size))];
+            self.rest.push_back(Part { layer: layer.clone(), ranges, urgency: Urgency::Prefetch });
         }
     }
 
@@ -318,14 +325,14 @@ impl Foresight {
 
     fn fetch_next(&mut self) {
         while self.fetching.len() < SIDE_BY_SIDE {
-            let Some((layer, ranges)) = self.rest.pop_front() else { return };
+            let Some(Part { layer, ranges, urgency }) = self.rest.pop_front() else { return };
             let Some(layer) = layer.upgrade() else { continue };
             let bytes = ranges.iter().map(|range| missing_bytes(&layer, range)).fold(0, u64::saturating_add);
             if bytes == 0 || bytes > MOST_FILE_BYTES || !self.search.take(bytes) {
                 continue;
             }
             self.fetching.push(Box::pin(async move {
-                if let Err(error) = layer.prefetched(&ranges).await {
+                if let Err(error) = layer.prefetched(&ranges, urgency).await {
                     tracing::debug!(%error, "what was guessed could not be had");
                 }
             }));
@@ -349,7 +356,7 @@ impl Foresight {
         let ranges: Vec<DataRange> = guessed.filter_map(|node| data_of(index, node)).collect();
         if !ranges.is_empty() {
             // What is near what somebody waits for right now goes before what was guessed earlier.
-            self.rest.push_front((weak, ranges));
+            self.rest.push_front(Part { layer: weak, ranges, urgency: Urgency::Guess });
         }
         let path = neighbours.path(index, wait.node);
         if is_library(&path)
@@ -480,7 +487,7 @@ impl Looking {
     }
 
     fn part(&self) -> Part {
-        (self.layer.clone(), vec![self.range(0, self.size)])
+        Part { layer: self.layer.clone(), ranges: vec![self.range(0, self.size)], urgency: Urgency::Prefetch }
     }
 
     fn range(&self, at: u64, length: u64) -> DataRange {
@@ -500,7 +507,7 @@ impl Looking {
         if !self.search.take(missing_bytes(&layer, &range)) {
             return None;
         }
-        layer.prefetched(std::slice::from_ref(&range)).await.ok()?;
+        layer.prefetched(std::slice::from_ref(&range), Urgency::Prefetch).await.ok()?;
         if !layer.is_filled(&range) {
             return None;
         }

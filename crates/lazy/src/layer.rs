@@ -355,8 +355,12 @@ impl LazyLayer {
         without_gap(all, &frames[..window(all, frames, bytes)], GUESSED_GAP)
     }
 
-    /// Fills ranges of the data file that somebody may want: behind all that is known to be wanted.
-    pub(crate) async fn prefetched(self: &Arc<Self>, ranges: &[DataRange]) -> Result<(), EnsureError> {
+    /// Fills ranges of the data file ahead of anyone who asks for them.
+    pub(crate) async fn prefetched(
+        self: &Arc<Self>,
+        ranges: &[DataRange],
+        urgency: Urgency,
+    ) -> Result<(), EnsureError> {
         let extents = ranges.iter().flat_map(|range| self.index.extents_in(range));
         let missing = extents.clone().filter(|&extent| !self.cache.filled().contains(extent));
         self.cache.refresh(missing).map_err(|error| self.file_error(error))?;
@@ -371,7 +375,7 @@ impl LazyLayer {
                 let (window, behind) = rest.split_at(self.guessed_window(rest));
                 rest = behind;
                 under_way.push(async {
-                    let turn = self.schedule.turn(self.claim(window, Urgency::Guess)).await;
+                    let turn = self.schedule.turn(self.claim(window, urgency)).await;
                     self.bring(window, turn).await
                 });
             }

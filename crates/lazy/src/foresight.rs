@@ -42,7 +42,7 @@ const MOST_BYTES: u64 = 64 << 20;
 const MOST_FILE_BYTES: u64 = 32 << 20;
 /// Files that are looked into for one image, and of them at the same time.
 const MOST_FILES: usize = 512;
-const LOOKED_INTO_AT_ONCE: usize = 4;
+const LOOKED_INTO_AT_ONCE: usize = 32;
 /// Paths that are looked up for one image.
 const MOST_LOOKUPS: u32 = 4096;
 /// Larger trees are left alone: putting one together for a guess would cost more than the guess is worth.

@@ -16,8 +16,9 @@ use std::{
 use loris_lazy::{Completion, LazyLayer, Removed, Store};
 use tokio::{runtime::Handle, task::AbortHandle};
 
-/// How long the next layer of an image is waited for, before those that are known are completed.
-const GATHERING: Duration = Duration::from_millis(300);
+/// How long the next layer of an image is waited for, before those that are known are completed: a container is made of them
+/// meanwhile, for which the link is needed.
+const GATHERING: Duration = Duration::from_secs(1);
 /// Between attempts to remove a layer that somebody still uses.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How often that is tried: for a minute. What is in use for longer is tried again with what was left at the start.
